@@ -1,0 +1,254 @@
+"""The interception: one attention function, and the mixin that gives it what the interface does not pass.
+
+A converted attention module keeps its class as a base, its parameters and their names. Two things change: its config is a shallow copy
+whose attention implementation is ours, and its `forward` first notes the layer's input and cache. The host's own code then computes
+queries, keys and values (projections, norms, rotary embedding) and calls the function below where it would call the softmax.
+"""
+
+import copy
+import importlib
+import inspect
+import sys
+import types
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .cache import linear_cache_layer
+from .errors import UnsupportedModelError
+from .mixers import LinearMixer
+
+
+IMPLEMENTATION = "hf_hybrid"
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+
+
+class HybridAttentionMixin:
+    """
+    Put in front of a host's attention class. Overrides nothing but `forward`, which notes the call's `hidden_states` and cache on the
+    module: one forward at a time per module, as everywhere in transformers.
+
+    Attributes:
+        hybrid (`LinearMixer`): The mixer; all learned parameters of the layer's linear side.
+        hybrid_swapped (`bool`): Whether the mixer is active. `False` runs the host's softmax, bit for bit.
+    """
+
+    hybrid: LinearMixer
+    hybrid_swapped: bool
+
+    def forward(self, *args, **kwargs):
+        if not self.hybrid_swapped:
+            return super().forward(*args, **kwargs)
+        positions = self._hybrid_positions
+
+        def argument(name):
+            if name in kwargs:
+                return kwargs[name]
+            index = positions.get(name)
+            return args[index] if index is not None and index < len(args) else None
+
+        hidden_states = argument("hidden_states")
+        context = {"hidden_states": args[0] if hidden_states is None else hidden_states, "layer": None, "offset": None}
+        context["position_ids"] = kwargs.get("position_ids")
+        cache = next((c for c in map(argument, CACHE_ARGUMENTS) if c is not None), None)
+        if cache is not None and getattr(self, "layer_idx", None) is not None:
+            layer = linear_cache_layer(cache, self.layer_idx)
+            offset = layer.mask_offset()  # before the host's attention advances the counter
+            context["layer"], context["offset"] = layer, offset.clone() if torch.is_tensor(offset) else offset
+        self._hybrid_context = context
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._hybrid_context = None
+
+
+def hybrid_attention_forward(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
+):
+    """
+    What converted modules call instead of a softmax. Layout of the attention interface: `[B, H, T, K]`; mixers use `[B, T, H, K]`,
+    and this is the one place that converts.
+    """
+    if not module.hybrid_swapped:
+        host = ALL_ATTENTION_FUNCTIONS.get_interface(module._hybrid_host_config._attn_implementation, _eager_function(module))
+        return host(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            **({} if is_causal is None else {"is_causal": is_causal}), **kwargs,
+        )  # fmt: skip
+    if kwargs.get("cache") is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: linear-attention layers keep no paged keys and values, so continuous batching "
+            "(`generate_batch`, `transformers serve`) cannot run this model. Use `generate`."
+        )
+    context = module._hybrid_context
+    layer, length = context["layer"], query.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if scaling is not None and scaling != query.shape[-1] ** -0.5:
+        query = query * (scaling * query.shape[-1] ** 0.5)  # mixers scale by K^-0.5; keep the host's own temperature
+
+    valid = segments = None
+    if length > 1:
+        offset = context["offset"]
+        if offset is None:  # no cache or a dynamic one: the mask's key axis ends at the newest token
+            offset = 0 if attention_mask is None else max(attention_mask.shape[-1] - length, 0)
+        valid = valid_tokens(attention_mask, length, offset, query.device)
+        state = None if layer is None else layer.read_state()
+        if state is None:
+            segments = packed_segments({"position_ids": context["position_ids"], **kwargs}, valid, query)
+    else:
+        state = None if layer is None else layer.read_state()
+
+    hidden_states = context["hidden_states"]
+    output, state = module.hybrid(
+        query, key, value, hidden_states, valid=valid, segments=segments, state=state, output_final_state=layer is not None
+    )
+    if layer is not None:
+
+        def replay(before, num_tokens):
+            cut = [x[:, :num_tokens] for x in (query, key, value, hidden_states)]
+            cut_valid = None if valid is None else valid[:, :num_tokens]
+            with torch.no_grad():
+                return module.hybrid(*cut, valid=cut_valid, state=before, output_final_state=True)[1]
+
+        layer.write_state(state, replay, length)
+    return output, None
+
+
+AttentionInterface.register(IMPLEMENTATION, hybrid_attention_forward)
+# only read if somebody sets our implementation for a whole model; a converted module is asked with its host's mask
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def _eager_function(module):
+    """The host family's own eager softmax: what its attention code falls back to."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    return None
+
+
+def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
+    """
+    Which new tokens exist, bool `[B, T]`, from whatever form of mask reaches the layer; `None` when all do.
+
+    A causal mask tells by its diagonal: a padded token does not see itself. `offset` is the position of the first new token on the
+    mask's key axis.
+    """
+    if mask is None:
+        return None
+    if type(mask).__name__ == "BlockMask":  # flex attention
+        batch = torch.arange(mask.shape[0], device=device)[:, None].expand(-1, length)
+        row = torch.arange(length, device=device).expand_as(batch)
+        return mask.mask_mod(batch, torch.zeros_like(batch), row, row + offset)
+    if mask.ndim == 2:  # flash attention
+        return mask[:, -length:].bool()
+    mask = mask[:, 0]  # [B, Q, KV]; heads share it
+    if mask.shape[-2] == 1:
+        diagonal = mask[:, 0, -length:]
+    else:
+        index = (torch.arange(length, device=mask.device) + offset)[None, :, None].expand(mask.shape[0], -1, 1)
+        diagonal = mask.gather(2, index)[..., 0]
+    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
+
+
+def packed_segments(kwargs: dict, valid: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """
+    Packed sequence of every token, int `[B, T]`, or `None` when each row is one sequence.
+
+    Read from `cu_seq_lens_q`, else from restarts of `position_ids` (the rule of `find_packed_sequence_indices` in transformers).
+    Padding may have any positions: a restart counts only between tokens that exist.
+    """
+    batch, length = query.shape[:2]
+    boundaries = kwargs.get("cu_seq_lens_q")
+    if boundaries is not None:
+        index = torch.arange(length, device=query.device)
+        return torch.bucketize(index, boundaries[1:].to(index), right=True)[None].expand(batch, -1)
+    positions = kwargs.get("position_ids")
+    if torch.compiler.is_compiling() or positions is None or positions.ndim != 2 or positions.shape[-1] != length:
+        return None
+    starts = torch.diff(positions, dim=-1) != 1
+    if valid is not None:
+        starts = starts & valid[:, 1:] & valid[:, :-1]
+    if not bool(starts.any()):
+        return None
+    return torch.cat([starts.new_zeros(starts.shape[0], 1), starts], dim=1).cumsum(-1).expand(batch, -1)
+
+
+_ATTENTION_CLASSES: dict[type, type] = {}
+
+
+def hybrid_attention_class(base: type) -> type:
+    """`Hybrid<Attention>` for a host's attention class; built once, found again by pickle under a name that spells its origin."""
+    if issubclass(base, HybridAttentionMixin):
+        return base
+    if base not in _ATTENTION_CLASSES:
+        from . import dynamic
+
+        parameters = [name for name in inspect.signature(base.forward).parameters if name != "self"]
+        qualname = f"{base.__module__.replace('.', '__')}__{base.__name__}"
+        namespace = {
+            "_hybrid_positions": {name: index for index, name in enumerate(parameters)},
+            "_hybrid_context": None,
+            "__module__": dynamic.__name__,
+            "__qualname__": qualname,
+        }
+        _ATTENTION_CLASSES[base] = type("Hybrid" + base.__name__, (HybridAttentionMixin, base), namespace)
+        setattr(dynamic, qualname, _ATTENTION_CLASSES[base])
+    return _ATTENTION_CLASSES[base]
+
+
+def attention_class_from_qualname(qualname: str) -> type:
+    """The class that `hybrid_attention_class` named `qualname`, in a process that did not build it yet."""
+    module, _, name = qualname.rpartition("__")
+    return hybrid_attention_class(getattr(importlib.import_module(module.replace("__", ".")), name))
+
+
+def convert_attention_(module: nn.Module, mixer: LinearMixer) -> None:
+    """Put `mixer` beside the attention of `module`, in place, and make it active."""
+    host_config = module.config
+    config = copy.copy(host_config)  # per-layer config: only the dispatch key differs
+    config._attn_implementation_internal = IMPLEMENTATION
+    base = type(module)
+    module.__class__ = hybrid_attention_class(base)
+    module.config = config
+    module._hybrid_host_config = host_config
+    module.hybrid = mixer
+    module.hybrid_swapped = True
+    _rebind_wrapped_forward(module)
+
+
+def restore_attention_(module: nn.Module) -> None:
+    """Take the mixer away again, in place: class, config and parameters are the host's own."""
+    host_class = next(cls for cls in type(module).__mro__[1:] if cls is not HybridAttentionMixin)
+    module.__class__ = host_class
+    module.config = module.__dict__.pop("_hybrid_host_config")
+    del module.hybrid
+    module.__dict__.pop("hybrid_swapped", None)
+    module.__dict__.pop("_hybrid_context", None)
+    _rebind_wrapped_forward(module)
+
+
+def _rebind_wrapped_forward(module):
+    if "_old_forward" in module.__dict__:  # an accelerate hook wrapped the former class's forward on the instance
+        module._old_forward = types.MethodType(type(module).forward, module)
+
+
+def is_hybrid_attention(module: nn.Module) -> bool:
+    return isinstance(module, HybridAttentionMixin)
+
+
+__all__ = [
+    "HybridAttentionMixin",
+    "attention_class_from_qualname",
+    "convert_attention_",
+    "hybrid_attention_class",
+    "hybrid_attention_forward",
+    "is_hybrid_attention",
+    "packed_segments",
+    "restore_attention_",
+    "valid_tokens",
+]

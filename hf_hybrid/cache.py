@@ -1,0 +1,240 @@
+"""Cache layers of linear-attention sites. The only module that knows transformers' cache classes.
+
+They sit in an ordinary `DynamicCache` or `StaticCache` beside the layers of the softmax sites. `update`, called by the host's own
+attention code, stores nothing and hands the new keys and values through; the mixer's state lives in `recurrent_states`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionLayer
+
+from .errors import UnsupportedModelError
+
+
+State = tuple[torch.Tensor, ...]
+
+
+class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
+    """State of one linear-attention site in a dynamic cache. Tracks the number of tokens seen, so that masks and positions come out
+    right even where the first layer of the model is linear."""
+
+    # A dynamic cache full of linear layers must not look like a static one: generate() would take the static-mask path.
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self, number_of_states=0)
+        self.cumulative_length: int | torch.Tensor = 0
+        # with `record_past`: (state before, function that replays the first n tokens of the call, tokens of the call)
+        self._calls: list[tuple[State | None, Callable[[State | None, int], State], int]] = []
+
+    # -- what the host's attention and the mask code call
+
+    def lazy_initialization(self, *args, **kwargs):
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.device is None:
+            self.device, self.dtype = key_states.device, key_states.dtype
+        self.batch_size = key_states.shape[0]
+        self.cumulative_length += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self):
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length):
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self):
+        return -1
+
+    def mask_offset(self) -> int | torch.Tensor | None:
+        """Where the next token will sit on the key axis of the host's mask; `None`: dynamic masks end at the newest token."""
+        return None
+
+    # -- what the attention function calls
+
+    def read_state(self) -> State | None:
+        """The mixer's state after the tokens seen so far, or `None` before the first."""
+        if not self.number_of_states or not all(self.has_previous_state.values()):
+            return None
+        return tuple(self.recurrent_states[i] for i in range(self.number_of_states))
+
+    def write_state(self, state: State, replay: Callable[[State | None, int], State], num_tokens: int) -> None:
+        """Store the state after a call of `num_tokens` tokens; `replay(state_before, n)` recomputes it for the first n of them."""
+        if self.record_past:
+            before = self.read_state()
+            self._calls.append((None if before is None else tuple(x.clone() for x in before), replay, num_tokens))
+        self._set_state(state)
+
+    def _set_state(self, state: State | None) -> None:
+        if state is None:
+            self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
+            return
+        if not self.number_of_states:
+            self.number_of_states = len(state)
+            for per_state in (self.recurrent_states, self.conv_states, self.conv_kernel_size):
+                per_state.update(dict.fromkeys(range(len(state))))
+            for per_state in (self.is_recurrent_states_initialized, self.is_conv_states_initialized, self.has_previous_state):
+                per_state.update(dict.fromkeys(range(len(state)), False))
+        for i, x in enumerate(state):
+            if torch.is_grad_enabled() and x.requires_grad:  # copying in place would overwrite what autograd saved
+                self.recurrent_states[i], self.is_recurrent_states_initialized[i] = x, True
+            else:
+                self.update_recurrent_state(x, i)
+            self.has_previous_state[i] = True
+
+    def state_bytes(self) -> int:
+        """Bytes held for this layer, whatever the number of tokens."""
+        state = self.read_state() or ()
+        return sum(x.numel() * x.element_size() for x in state)
+
+    # -- assisted decoding: put the state back as it was before rejected tokens
+
+    @property
+    def is_croppable(self):
+        return self.record_past or self.read_state() is None
+
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove > 0:
+            raise RuntimeError("Linear-attention layers can only be cropped by a negative number: the tokens to remove.")
+        left = -tokens_to_remove
+        if left and not self.record_past:
+            raise RuntimeError("`crop` needs the past states: call `activate_past_recording` before the tokens to remove.")
+        while left:
+            before, replay, size = self._calls.pop()
+            kept = max(size - left, 0)
+            self._set_state(replay(before, kept) if kept else before)
+            if kept:
+                self._calls.append((before, replay, kept))
+            self.cumulative_length -= size - kept
+            left -= size - kept
+        self._calls = []  # only what came after the last crop can be removed
+
+    # -- housekeeping
+
+    def reset(self):
+        LinearAttentionLayer.reset(self)
+        self._calls = []
+        if isinstance(self.cumulative_length, torch.Tensor):
+            self.cumulative_length.zero_()
+        else:
+            self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx):
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def batch_repeat_interleave(self, repeats):
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        self._map(lambda x: x[indices, ...])
+
+    def _map(self, function):
+        for i in range(self.number_of_states):
+            if self.is_recurrent_states_initialized[i]:
+                self.recurrent_states[i] = function(self.recurrent_states[i])
+
+    def offload(self):
+        """Nothing to move: the state is small and does not grow."""
+
+    def prefetch(self):
+        """Nothing to move back."""
+
+
+class StaticHybridLinearLayer(HybridLinearLayer):
+    """
+    The same in a `StaticCache`: the token counter is a tensor, so that a compiled decode step is compiled once.
+
+    Args:
+        replaced (`CacheLayerMixin`): The static layer whose place this one takes. It stays empty, and goes on telling how masks are laid
+            out: full and sliding static layers differ, and the host shares one mask among all its layers of a kind.
+    """
+
+    is_compileable = True
+
+    def __init__(self, replaced: CacheLayerMixin):
+        super().__init__()
+        self._replaced = replaced
+        self.max_cache_len = replaced.max_cache_len
+        self.is_sliding = replaced.is_sliding
+        self.cumulative_length = torch.tensor(0, dtype=torch.long)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.device is None:
+            self.device, self.dtype = key_states.device, key_states.dtype
+            self.batch_size = key_states.shape[0]
+            self.cumulative_length = self.cumulative_length.to(key_states.device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self.cumulative_length)
+        self.cumulative_length.add_(key_states.shape[-2])
+        if self.is_sliding:
+            self._replaced.cumulative_length_int += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self):
+        if self.is_sliding:
+            return self._replaced.cumulative_length_int
+        return self.cumulative_length if self.device is not None else 0
+
+    def get_mask_sizes(self, query_length):
+        return self._replaced.get_mask_sizes(query_length)
+
+    def mask_offset(self):
+        seen = self.get_seq_length()
+        return seen - self.get_mask_sizes(1)[1] if self.is_sliding else seen
+
+    def get_max_length(self):
+        return self._replaced.get_max_length()
+
+    def reset(self):
+        super().reset()
+        if self.is_sliding:
+            self._replaced.cumulative_length_int = 0
+
+
+def linear_cache_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> HybridLinearLayer:
+    """
+    The linear layer at `layer_idx` of a cache, put there if the cache (the user's own, or one a model built) has none yet.
+
+    Raises:
+        UnsupportedModelError: If the cache already holds softmax keys for that layer.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while len(cache.layers) <= layer_idx:
+        if len(cache.layers) == layer_idx:
+            cache.layers.append(HybridLinearLayer())
+        else:
+            cache.layers.append(cache.layer_class_to_replicate())
+    current = cache.layers[layer_idx]
+    if isinstance(current, HybridLinearLayer):
+        return current
+    if int(current.get_seq_length()) > 0:
+        raise UnsupportedModelError(
+            f"The cache holds softmax keys and values for layer {layer_idx}, which is linear attention. "
+            "Start from an empty cache, or from one this hybrid model filled."
+        )
+    recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
+    layer = StaticHybridLinearLayer(current) if hasattr(current, "max_cache_len") else HybridLinearLayer()
+    layer.record_past = recording
+    cache.layers[layer_idx] = layer
+    return layer
+
+
+def cache_bytes(cache: Cache | EncoderDecoderCache) -> int:
+    """Bytes held by a cache: keys and values of softmax layers, states of linear ones."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, HybridLinearLayer):
+            total += layer.state_bytes()
+        else:
+            total += sum(x.numel() * x.element_size() for x in (layer.keys, layer.values) if x is not None)
+    return total

@@ -1,0 +1,207 @@
+"""What a mixer is, and the registry of mixers.
+
+A mixer replaces the softmax of one attention layer. It sees the layer's own query, key and value (after projections, norms and
+rotary embedding, key-value heads unexpanded) and returns what the softmax would have returned. It takes and returns state as plain
+tensors whose first axis is the batch; caches are somebody else's business.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import HybridConfigError, UnknownMixerError, closest
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """
+    Settings of one mixer: what can be chosen. Sizes that follow from the model (heads, dims, causality) are not in here.
+
+    `name` is the mixer's registered name; fields are JSON values. `MixerConfig.from_dict` restores any of them.
+    """
+
+    name: ClassVar[str] = ""
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(settings: dict) -> "MixerConfig":
+        """Build the config of the mixer `settings["name"]` from its other entries; unknown entries are an error."""
+        settings = dict(settings)
+        config_class = get_mixer(settings.pop("name", None)).config_class
+        known = [field.name for field in dataclasses.fields(config_class)]
+        for key in settings:
+            if key not in known:
+                raise HybridConfigError(
+                    f"The mixer {config_class.name!r} has no setting {key!r}; it has {', '.join(known) or 'none'}."
+                    f"{closest(key, known)}"
+                )
+        return config_class(**settings)
+
+
+class LinearMixer(nn.Module, ABC):
+    """
+    Base class of every mixer. Concrete mixers are final: share code by calling functions, not by subclassing them.
+
+    Args:
+        num_heads (`int`): Query heads `H`.
+        num_key_value_heads (`int`): Key-value heads; `num_heads` must be a multiple.
+        head_dim (`int`): Size `K` of queries and keys per head.
+        value_dim (`int`): Size `V` of values per head.
+        hidden_size (`int`): Size of the layer's input, for mixers with data-dependent gates.
+        causal (`bool`): Whether token t may see later tokens.
+        settings: The fields of the mixer's config.
+
+    Raises:
+        HybridConfigError: If the heads do not divide, or the mixer has no bidirectional form and `causal` is `False`.
+    """
+
+    config_class: ClassVar[type[MixerConfig]]
+    supports_bidirectional: ClassVar[bool] = False
+
+    def __init__(
+        self, *, num_heads: int, num_key_value_heads: int, head_dim: int, value_dim: int, hidden_size: int, causal: bool
+    ):
+        super().__init__()
+        name = self.config_class.name
+        if num_heads % num_key_value_heads:
+            raise HybridConfigError(
+                f"{name}: num_heads must be a multiple of num_key_value_heads; got {num_heads} and {num_key_value_heads}."
+            )
+        if not causal and not self.supports_bidirectional:
+            raise HybridConfigError(
+                f"{name} has no bidirectional form, but this attention layer is bidirectional. Leave the layer out of `layers`."
+            )
+        self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+        self.head_dim, self.value_dim, self.hidden_size, self.causal = head_dim, value_dim, hidden_size, causal
+
+    @abstractmethod
+    def init_weights(self) -> None:
+        """Set every parameter to its starting value, in place and under `no_grad`. Called once, on real (not meta) tensors."""
+
+    @abstractmethod
+    def mix(self, query, key, value, hidden_states, *, valid, state) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """One unpacked stretch of tokens, `valid` always given. What a mixer implements; called by `forward`."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+        *,
+        valid: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
+        state: tuple[torch.Tensor, ...] | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """
+        Args:
+            query (`torch.Tensor`): `[B, T, H, K]`. Scores are scaled by `head_dim ** -0.5` in here.
+            key, value (`torch.Tensor`): `[B, T, H_kv, K]`, `[B, T, H_kv, V]`.
+            hidden_states (`torch.Tensor`, *optional*): `[B, T, D]`, the attention layer's input.
+            valid (`torch.Tensor`, *optional*): bool `[B, T]`, `False` for padding. Padding changes nothing for other tokens.
+            segments (`torch.Tensor`, *optional*): int `[B, T]`, packed sequence of each token, never decreasing along T.
+            state (`tuple`, *optional*): What the previous call returned for these sequences.
+            output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
+
+        Returns:
+            `(output, state)`: `[B, T, H, V]` in the query's dtype, and a tuple of tensors (batch first) or `None`.
+        """
+        with torch.autocast(query.device.type, enabled=False):  # autocast would round the fp32 state
+            if valid is None:
+                valid = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+            if segments is not None:
+                return self._mix_packed(query, key, value, hidden_states, valid, segments, state, output_final_state)
+            output, final_state = self.mix(query, key, value, hidden_states, valid=valid, state=state)
+        return output, (final_state if output_final_state else None)
+
+    def _mix_packed(self, query, key, value, hidden_states, valid, segments, state, output_final_state):
+        """Give every packed sequence a row of its own, mix, and put the tokens back. Exact for every mixer."""
+        if state is not None:
+            raise HybridConfigError(f"{self.config_class.name}: packed sequences cannot continue a cached state.")
+        batch, length = segments.shape
+        sequence = torch.cat([segments.new_ones(batch, 1), segments[:, 1:] != segments[:, :-1]], dim=1).view(-1).cumsum(0) - 1
+        lengths = torch.bincount(sequence)
+        column = torch.arange(batch * length, device=query.device) - (lengths.cumsum(0) - lengths)[sequence]
+        shape = (len(lengths), int(lengths.max()))
+
+        def unpack(x):
+            return x.new_zeros(*shape, *x.shape[2:]).index_put((sequence, column), x.flatten(0, 1))
+
+        output, final = self.mix(
+            *(unpack(x) for x in (query, key, value)),
+            None if hidden_states is None else unpack(hidden_states),
+            valid=unpack(valid),
+            state=None,
+        )
+        output = output[sequence, column].unflatten(0, (batch, length))
+        if not output_final_state:
+            return output, None
+        last = sequence.view(batch, length)[:, -1]  # a row goes on from its last sequence
+        return output, tuple(x[last] for x in final)
+
+    def state_bytes(self, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of cache per layer, whatever the length."""
+        weight = next(self.parameters(), torch.empty(0))
+        make = {"dtype": dtype, "device": weight.device}
+        query = torch.zeros(batch_size, 1, self.num_heads, self.head_dim, **make)
+        key = torch.zeros(batch_size, 1, self.num_key_value_heads, self.head_dim, **make)
+        value = torch.zeros(batch_size, 1, self.num_key_value_heads, self.value_dim, **make)
+        hidden = torch.zeros(batch_size, 1, self.hidden_size, **make)
+        with torch.no_grad():
+            _, state = self(query, key, value, hidden, output_final_state=True)
+        return sum(x.numel() * x.element_size() for x in state)
+
+
+_MIXERS: dict[str, type[LinearMixer]] = {}
+
+
+def register_mixer(mixer_class: type[LinearMixer]) -> type[LinearMixer]:
+    """Class decorator: make a mixer available under `config_class.name`. A name can be taken once."""
+    name = mixer_class.config_class.name
+    if name in _MIXERS:
+        raise HybridConfigError(f"register_mixer: the name {name!r} is taken by {_MIXERS[name].__name__}. Choose another name.")
+    _MIXERS[name] = mixer_class
+    return mixer_class
+
+
+def get_mixer(name: str) -> type[LinearMixer]:
+    """The mixer class registered as `name`; [`UnknownMixerError`] with the closest names otherwise."""
+    if name not in _MIXERS:
+        raise UnknownMixerError(
+            f"mixer must be one of {', '.join(list_mixers())}; got {name!r}.{closest(str(name), _MIXERS)}"
+        )
+    return _MIXERS[name]
+
+
+def list_mixers() -> list[str]:
+    """Names of all registered mixers, sorted."""
+    return sorted(_MIXERS)
+
+
+def resolve_mixer_config(mixer: "str | dict | MixerConfig") -> MixerConfig:
+    """A name, a dict with a `name`, or a config: always a config."""
+    if isinstance(mixer, MixerConfig):
+        return mixer
+    if isinstance(mixer, dict):
+        return MixerConfig.from_dict(mixer)
+    if isinstance(mixer, str):
+        return get_mixer(mixer).config_class()
+    raise HybridConfigError(f"mixer must be a name, a dict or a MixerConfig; got {mixer!r}.")
+
+
+def build_mixer(config: MixerConfig, **sizes) -> LinearMixer:
+    """Build the mixer a config describes for one attention layer of the given sizes (the arguments of [`LinearMixer`])."""
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return get_mixer(config.name)(**sizes, **settings)
+
+
+def check_int(where: str, name: str, value, least: int) -> None:
+    """Shared check of the mixers' integer settings."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise HybridConfigError(f"{where}: {name} must be an integer >= {least}; got {value!r}.")

@@ -1,0 +1,56 @@
+"""`sliding_window`: exact softmax over the last tokens and a few sinks. No parameters: the baseline every other mixer must beat."""
+
+import dataclasses
+
+from ..ops import sliding_window
+from .base import LinearMixer, MixerConfig, check_int, register_mixer
+from .window import WindowState, advance_window, empty_window
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindowConfig(MixerConfig):
+    """
+    Args:
+        window_size (`int`, *optional*, defaults to 64): Tokens in the window, the current one included.
+        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence that stay visible for ever.
+    """
+
+    name = "sliding_window"
+    window_size: int = 64
+    num_sink_tokens: int = 4
+
+    def __post_init__(self):
+        check_int(self.name, "window_size", self.window_size, 1)
+        check_int(self.name, "num_sink_tokens", self.num_sink_tokens, 0)
+
+
+@register_mixer
+class SlidingWindow(LinearMixer):
+    r"""
+    $o_t = \sum_{j} \mathrm{softmax}_j(q_t^\top k_j / \sqrt{K})\, v_j$ with $j$ over the last `window_size` tokens and the first
+    `num_sink_tokens`. Keys keep the rotary positions they had in the sequence.
+
+    Reference: [StreamingLLM](https://huggingface.co/papers/2309.17453). Differs from the paper: positions are the original ones, not
+    positions within the cache. State: [`WindowState`].
+
+    Args:
+        window_size (`int`): Tokens in the window, the current one included.
+        num_sink_tokens (`int`): Sink tokens.
+    """
+
+    config_class = SlidingWindowConfig
+
+    def __init__(self, *, window_size: int, num_sink_tokens: int, **sizes):
+        super().__init__(**sizes)
+        self.window_size, self.num_sink_tokens = window_size, num_sink_tokens
+
+    def init_weights(self) -> None:
+        pass
+
+    def mix(self, query, key, value, hidden_states, *, valid, state):
+        state = WindowState(*state) if state else empty_window(key, value, self.window_size, self.num_sink_tokens)
+        inputs, final_state = advance_window(key, value, valid, state)
+        numerator, denominator = sliding_window(
+            query, **inputs._asdict(), window_size=self.window_size, scale=self.head_dim**-0.5
+        )
+        return (numerator / denominator.clamp_min(1e-30)).to(query.dtype), tuple(final_state)
