@@ -1,0 +1,327 @@
+"""`HybridTrainer`: transformers' `Trainer` that distils every attention site locally and saves hybrids."""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import logging
+
+from .bank import WEIGHTS_FILE as BANK_WEIGHTS_FILE
+from .bank import load_mixer_bank, load_student_state, save_mixer_bank, student_state
+from .distillation import DistillModelMixin, as_hybrid, finalize_, prepare_distillation_, swap_layers_, swapped_layers
+from .errors import CheckpointError, DatasetError, HybridConfigError, MetricError, OutputFolderError
+from .mixers import MixerConfig
+from .model_card import write_model_card
+from .selection import TRACE_FILE, SwapReport
+from .training_args import HybridTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+
+STUDENTS_FILE, SWAPS_FILE = "model.safetensors", "hybrid_swaps.json"
+
+
+class HybridTrainer(Trainer):
+    """
+    Trains a linear-attention student at every attention site of a frozen teacher, each on the teacher's own inputs and outputs
+    ([blockwise local distillation](https://huggingface.co/papers/2411.19146)), and saves the result as a hybrid checkpoint. With a
+    [`GreedyLayerSwapCallback`], training ends with the search for the layers to replace.
+
+    `evaluate` and `predict` are the Trainer's: they run the current mixture of teachers and students on the task. `train_dataset` is plain
+    text (a `text` column is tokenised and packed) or `input_ids`; its labels, if any, are not used.
+
+    Args:
+        model (`str` or `PreTrainedModel`): The teacher; a name or path is loaded by the architecture its config names.
+        mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): What replaces the softmax.
+        args (`HybridTrainingArguments`, *optional*): Where to and how.
+        mixer_bank (`str`, *optional*): Start from the students of this folder or Hub repository instead of fresh ones.
+        kwargs: Everything else [`~transformers.Trainer`] takes.
+
+    Attributes:
+        swap_report (`SwapReport` or `None`): What the search found.
+        last_block_losses (`dict[str, float]`): Mean local loss of every site over the last logging interval.
+
+    Raises:
+        DatasetError: If a dataset is empty or too short, or needs a tokenizer or a padding token that is not there.
+        OutputFolderError: From `train`, if the output folder holds another run.
+    """
+
+    # the local loss is a per-batch mean: the Trainer divides it by the number of accumulation steps
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        mixer: str | dict | MixerConfig | None = None,
+        args: HybridTrainingArguments | None = None,
+        *,
+        mixer_bank: str | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        data_collator=None,
+        **kwargs,
+    ):
+        args = HybridTrainingArguments("hybrid") if args is None else args
+        if not isinstance(args, HybridTrainingArguments):
+            raise HybridConfigError(f"HybridTrainer: args must be HybridTrainingArguments; got {type(args).__name__}.")
+        if isinstance(model, str):
+            model = _load_teacher(model, args.model_init_kwargs or {})
+        if mixer_bank is not None:
+            if mixer is not None:
+                raise HybridConfigError("HybridTrainer: give either mixer or mixer_bank (which names its mixer); got both.")
+            load_mixer_bank(model, mixer_bank)
+        elif not isinstance(model, DistillModelMixin):
+            prepare_distillation_(
+                model, mixer or "linear_attention", args.selected_layers(),
+                projections=args.projections, rank=args.projection_rank,
+            )  # fmt: skip
+        train_dataset = _prepare_dataset(train_dataset, "train_dataset", processing_class, args)
+        eval_dataset = _prepare_dataset(eval_dataset, "eval_dataset", processing_class, args)
+        if data_collator is None:
+            _check_padding(processing_class, train_dataset, eval_dataset)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.model.recompute_students = bool(args.gradient_checkpointing)
+        self.swap_report: SwapReport | None = None
+        self.last_block_losses: dict[str, float] = {}
+        self._block_losses: torch.Tensor | None = None
+        self._num_block_losses = 0
+        self._saving_checkpoint = False
+        self._link_callbacks()
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Distil, then (with a [`GreedyLayerSwapCallback`]) swap. `resume_from_checkpoint=True` continues either after an interruption."""
+        if self.train_dataset is None:
+            raise DatasetError("HybridTrainer.train: train_dataset is missing. Pass the text to distil on; the task's labels are not needed.")
+        self._check_students_are_there()
+        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
+            resume_from_checkpoint = None  # killed before the first checkpoint: start over in the same folder
+        elif not resume_from_checkpoint:
+            self._check_output_folder()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_students_are_there(self):
+        if not isinstance(self.accelerator.unwrap_model(self.model), DistillModelMixin):
+            raise HybridConfigError("HybridTrainer.train: the model was finalized; there are no students left to train. Make a new HybridTrainer.")
+
+    def _check_output_folder(self):
+        folder = self.args.output_dir
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        ours = [
+            name
+            for name in sorted(names)
+            if name in (TRACE_FILE, BANK_WEIGHTS_FILE, "config.json") or name.startswith(PREFIX_CHECKPOINT_DIR + "-")
+        ]
+        if ours:
+            raise OutputFolderError(
+                f"output_dir={folder!r} holds another run ({', '.join(ours[:4])}). Pass resume_from_checkpoint=True to continue it, or choose "
+                "another folder."
+            )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not model.training:  # the task's own loss, `compute_loss_func` included
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        losses = outputs["block_losses"]
+        if not bool(torch.isfinite(losses).all()):
+            bad = [name for name, loss in zip(self._sites(), losses.tolist(), strict=True) if not _finite(loss)]
+            raise MetricError(
+                f"step {self.state.global_step}: the local loss of {bad[0]} must be finite; {len(bad)} of {len(losses)} sites are not. Lower "
+                f"learning_rate={self.args.learning_rate}, or look for NaN in the teacher's activations."
+            )
+        self._block_losses = losses if self._block_losses is None else self._block_losses + losses
+        self._num_block_losses += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._block_losses is not None and "loss" in logs:
+            means = self._block_losses / self._num_block_losses
+            if self.args.world_size > 1:
+                means = self.accelerator.reduce(means, "mean")
+            logs["block_loss_mean"] = round(means.mean().item(), 6)
+            logs["block_loss_max"] = round(means.max().item(), 6)
+            self.last_block_losses = dict(zip(self._sites(), means.tolist(), strict=True))
+            self._block_losses, self._num_block_losses = None, 0
+        super().log(logs, start_time)
+
+    def _sites(self) -> dict:
+        return self.accelerator.unwrap_model(self.model).distill_sites
+
+    # --------------------------------------------------------------------------------------------------------- search
+
+    def swap_layers(self, layers) -> None:
+        """Make exactly these layers (site names, or indices among the distilled sites) linear; the others keep their softmax."""
+        names = list(self._sites())
+        wanted = [names[layer] if isinstance(layer, int) else layer for layer in layers]
+        unknown = [name for name in wanted if name not in names]
+        if unknown:
+            raise HybridConfigError(f"swap_layers: {unknown[0]!r} has no student. Sites: {names[0]} … {names[-1]}.")
+        swap_layers_(self.accelerator.unwrap_model(self.model), wanted)
+
+    def swapped_layers(self) -> list[str]:
+        """Names of the layers that are linear now."""
+        return swapped_layers(self.accelerator.unwrap_model(self.model))
+
+    def evaluate_silently(self) -> dict[str, float]:
+        """`evaluate` without progress bars, logs and callbacks: a search calls it hundreds of times."""
+        handler, callbacks = self.callback_handler, self.callback_handler.callbacks
+        history = len(self.state.log_history)
+        handler.callbacks = []
+        try:
+            return self.evaluate()
+        finally:
+            handler.callbacks = callbacks
+            del self.state.log_history[history:]
+
+    def add_callback(self, callback):
+        super().add_callback(callback)
+        self._link_callbacks()
+
+    def _load_callback_state(self):
+        super()._load_callback_state()
+        self._link_callbacks()
+
+    def _link_callbacks(self):
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "set_trainer"):
+                callback.set_trainer(self)
+
+    # --------------------------------------------------------------------------------------------------------- saving
+
+    def save_mixer_bank(self, output_dir: str | None = None) -> None:
+        """Write all students, without the backbone: see [`save_mixer_bank`]."""
+        if self.args.should_save:
+            save_mixer_bank(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+    def finalize(self) -> PreTrainedModel:
+        """Make `trainer.model` the hybrid, in place: swapped layers keep their student, the others their softmax. Ends distillation."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, DistillModelMixin):
+            finalize_(model)
+            model.eval()
+        return model
+
+    def _save_checkpoint(self, model, trial):
+        self._saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, DistillModelMixin):
+            return super()._save(output_dir, state_dict)
+        if not self._saving_checkpoint:  # save_model, push_to_hub: the hybrid as it stands
+            with as_hybrid(model):
+                return super()._save(output_dir, None)
+        # a training checkpoint: what trains, and which layers are swapped
+        os.makedirs(output_dir, exist_ok=True)
+        tensors = student_state(model) if state_dict is None else {k: v for k, v in state_dict.items() if k in student_state(model)}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, os.path.join(output_dir, STUDENTS_FILE), metadata={"format": "pt"})
+        with open(os.path.join(output_dir, SWAPS_FILE), "w", encoding="utf-8") as file:
+            json.dump(swapped_layers(model), file)
+        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        if not isinstance(model, DistillModelMixin):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            tensors = load_file(os.path.join(resume_from_checkpoint, STUDENTS_FILE))
+            with open(os.path.join(resume_from_checkpoint, SWAPS_FILE), encoding="utf-8") as file:
+                swaps = json.load(file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} is no readable checkpoint of a HybridTrainer: {error}. Delete it and resume from an earlier one."
+            ) from error
+        load_student_state(model, tensors, str(resume_from_checkpoint))
+        swap_layers_(model, swaps)
+        return None
+
+    def create_model_card(self, *args, **kwargs):
+        """Write `README.md`: the hybrid's own card, with the search's result. (Same arguments as the Trainer's; they are not needed.)"""
+        if self.is_world_process_zero():
+            model = self.accelerator.unwrap_model(self.model)
+            with as_hybrid(model) if isinstance(model, DistillModelMixin) else contextlib.nullcontext():
+                write_model_card(model, self.args.output_dir, report=self.swap_report)
+
+
+def _load_teacher(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder")})
+    architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    return architecture.from_pretrained(name, **init_kwargs)
+
+
+def _prepare_dataset(dataset, name: str, processing_class, args: HybridTrainingArguments):
+    """Check a dataset, and tokenise and pack it if it is text."""
+    if dataset is None or not hasattr(dataset, "__len__"):
+        return dataset
+    if isinstance(dataset, dict):
+        return {key: _prepare_dataset(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()}
+    if len(dataset) == 0:
+        raise DatasetError(f"{name} must not be empty; got 0 rows.")
+    columns = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0]) if isinstance(dataset[0], dict) else []
+    if args.dataset_text_field not in columns or "input_ids" in columns:
+        return dataset
+    if processing_class is None:
+        raise DatasetError(f"{name} has a {args.dataset_text_field!r} column but no tokenizer was given. Pass processing_class=tokenizer.")
+    texts = dataset[args.dataset_text_field] if isinstance(dataset, Dataset) else [row[args.dataset_text_field] for row in dataset]
+    return pack_text(texts, processing_class, args.max_length, name)
+
+
+def pack_text(texts, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "dataset") -> Dataset:
+    """
+    Tokenise texts, join them with the end-of-text token between, and cut the stream into sequences of `max_length` tokens. The last,
+    shorter piece is dropped.
+
+    Raises:
+        DatasetError: If the texts do not fill one sequence.
+    """
+    stream: list[int] = []
+    for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        stream += ids
+        if tokenizer.eos_token_id is not None:
+            stream.append(tokenizer.eos_token_id)
+    count = len(stream) // max_length
+    if count == 0:
+        raise DatasetError(f"{name} must hold at least max_length={max_length} tokens; got {len(stream)}. Add text, or lower max_length.")
+    return Dataset.from_dict({"input_ids": [stream[i * max_length : (i + 1) * max_length] for i in range(count)]})
+
+
+def _check_padding(processing_class, *datasets) -> None:
+    """Sequences of different lengths need a padding token, which many causal models do not have."""
+    for dataset in datasets:
+        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+            continue
+        lengths = {len(ids) for ids in dataset[: min(len(dataset), 64)]["input_ids"]}
+        if len(lengths) > 1 and getattr(processing_class, "pad_token_id", None) is None:
+            have = "no tokenizer was given" if processing_class is None else "the tokenizer has no padding token"
+            raise DatasetError(
+                f"The dataset has sequences of different lengths ({min(lengths)} to {max(lengths)} tokens), but {have}. Pass "
+                "processing_class=tokenizer with tokenizer.pad_token = tokenizer.eos_token, or a data_collator."
+            )
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

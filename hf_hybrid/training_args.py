@@ -1,0 +1,84 @@
+"""`HybridTrainingArguments`: transformers' `TrainingArguments` and what distillation adds."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .errors import HybridConfigError
+
+
+@dataclass
+class HybridTrainingArguments(TrainingArguments):
+    r"""
+    Arguments of [`HybridTrainer`]; every argument of [`~transformers.TrainingArguments`] works as there.
+
+    > Parameters that control the teacher
+
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained`, used when `model` is given as a name or path.
+
+    > Parameters that control the students
+
+        layers (`str`, *optional*):
+            Attention sites to distil, as comma-separated indices or names; all of them by default.
+        projections (`str`, *optional*, defaults to `"shared"`):
+            What trains beside the mixers: nothing (`"shared"`), low-rank differences to the attention's projections (`"low_rank"`), or copies of
+            them (`"full"`).
+        projection_rank (`int`, *optional*, defaults to 8):
+            Rank of those differences.
+
+    > Parameters that control the text
+
+        dataset_text_field (`str`, *optional*, defaults to `"text"`):
+            Column of a dataset that is not tokenised yet (has no `input_ids`).
+        max_length (`int`, *optional*, defaults to 1024):
+            Tokens per training sequence when such a dataset is packed. A linear layer learns to look as far back as it is trained.
+
+    Changed defaults:
+        `learning_rate` 1e-2 (mixers are few and start useful; measured), `lr_scheduler_type` cosine, `warmup_steps` 3, `weight_decay` 0,
+        `adam_beta2` 0.95, `gradient_checkpointing` True (each student is recomputed in backward), `logging_steps` 10,
+        `logging_nan_inf_filter` False (a NaN is an error, not something to skip), `save_only_model` False.
+    """
+
+    # the fields that HfArgumentParser may receive as a JSON string
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of `from_pretrained`, when the model is given as a name or path."}
+    )
+    layers: str | None = field(
+        default=None, metadata={"help": "Attention sites to distil, as comma-separated indices or names; all by default."}
+    )
+    projections: str = field(
+        default="shared", metadata={"help": "What trains beside the mixers.", "choices": ["shared", "low_rank", "full"]}
+    )
+    projection_rank: int = field(default=8, metadata={"help": "Rank of the low-rank differences."})
+    dataset_text_field: str = field(default="text", metadata={"help": "Column of text of a dataset without `input_ids`."})
+    max_length: int = field(default=1024, metadata={"help": "Tokens per packed training sequence."})
+
+    learning_rate: float = field(default=1e-2, metadata={"help": "The initial learning rate for AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
+    warmup_steps: float = field(default=3, metadata={"help": "Linear warmup over warmup_steps (a ratio if below 1)."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay for AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 for AdamW."})
+    gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute each student in backward."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Skip NaN and infinite losses in logs."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_length < 2:
+            raise HybridConfigError(f"max_length must be at least 2 tokens; got {self.max_length}.")
+
+    def selected_layers(self) -> list[int | str] | None:
+        """`layers` as what `convert_to_hybrid` takes."""
+        return parse_layers(self.layers)
+
+
+def parse_layers(text: str | None) -> list[int | str] | None:
+    """`"1,3,model.layers.5.self_attn"` -> `[1, 3, "model.layers.5.self_attn"]`; `None` stays."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return [int(part) if part.lstrip("-").isdigit() else part for part in parts]
