@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .bank import student_state
 from .capture import PrefixReuse
 from .errors import HybridConfigError, MetricError
-from .selection import TRACE_FILE, SwapReport, SwapTrace, Trial, allowed_drop, greedy_swap
+from .selection import TRACE_FILE, SwapReport, SwapTrace, Trial, allowed_drop, confirm_swaps, greedy_swap
 
 
 logger = logging.get_logger(__name__)
@@ -33,7 +33,10 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         greater_is_better (`bool`, *optional*): As in `TrainingArguments`: by default, `False` for names that end in `loss`, else `True`.
         floor (`float`, *optional*): The worst allowed value itself; takes the place of `max_drop`.
         max_layers (`int`, *optional*): Stop after this many swaps.
-        keep (`str`, *optional*, defaults to `"most_linear"`): Which result the trainer's model ends up with: `"most_linear"` or `"best"`.
+        keep (`str`, *optional*, defaults to `"most_linear"`): Which result the trainer's model ends up with: `"most_linear"` (its confirmed part,
+            if there is confirmation data) or `"best"`.
+        confirmation_dataset (*optional*): Data beside `eval_dataset`. The search picks the best of hundreds of noisy scores; with this, swaps
+            are taken back from the end until the metric holds here too.
         reuse_activations (`bool`, *optional*, defaults to `True`): Start every trial at its first changed block, from what that block saw before.
             Exactness is checked on the model at hand; where it does not hold, whole forwards are run.
         max_reuse_bytes (`int`, *optional*, defaults to 2 GiB): Memory for those activations.
@@ -51,6 +54,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         floor: float | None = None,
         max_layers: int | None = None,
         keep: str = "most_linear",
+        confirmation_dataset=None,
         reuse_activations: bool = True,
         max_reuse_bytes: int = 2 << 30,
     ):
@@ -61,7 +65,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             raise HybridConfigError(f"GreedyLayerSwapCallback: max_layers must be at least 1; got {max_layers!r}.")
         self.metric, self.max_drop, self.floor = metric, max_drop, floor
         self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
-        self.max_layers, self.keep = max_layers, keep
+        self.max_layers, self.keep, self.confirmation_dataset = max_layers, keep, confirmation_dataset
         self.reuse_activations, self.max_reuse_bytes = reuse_activations, max_reuse_bytes
         self._trainer: weakref.ref | None = None
 
@@ -71,7 +75,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict:
         names = ("metric", "max_drop", "greater_is_better", "floor", "max_layers", "keep", "reuse_activations", "max_reuse_bytes")
-        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}  # data is never part of a checkpoint
 
     def on_train_end(self, args, state, control, **kwargs):
         trainer = self._trainer() if self._trainer else None
@@ -120,13 +124,21 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         finally:
             bar.close()
             trainer.swap_layers([])
+        if self.confirmation_dataset is not None:
+            confirm_swaps(report, lambda swapped: self._confirm(trainer, swapped), self.max_drop, self.floor)
+            trace.add_event("confirmed", confirmed=report.confirmed)
         trainer.swap_report = report
-        trainer.swap_layers(report.most_linear if self.keep == "most_linear" else report.best)
+        most_linear = report.most_linear if report.confirmed is None else report.confirmed
+        trainer.swap_layers(most_linear if self.keep == "most_linear" else report.best)
         logger.info(
             f"Swapped {len(report.most_linear)} of {len(sites)} layers with {metric} within {report.floor:.4g} (started at {report.base:.4g}); "
             f"{metric} is best with {len(report.best)}."
         )
         return report
+
+    def _confirm(self, trainer, swapped):
+        trainer.swap_layers(swapped)
+        return trainer.evaluate_silently(self.confirmation_dataset)
 
 
 class _Scorer:

@@ -307,6 +307,16 @@ class HybridModelMixin:
                 os.replace(os.path.join(folder, name), os.path.join(save_directory, name))
         return result
 
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # transformers has put its generic card there; ours says more, but a card that is on the Hub already is somebody's own
+        from huggingface_hub import file_exists
+
+        from .model_card import CARD_FILE, write_model_card
+
+        if not file_exists(repo_id, CARD_FILE, token=kwargs.get("token")):
+            write_model_card(self, working_dir, repo_id=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     def _get_files_timestamps(self, working_dir):
         # save_pretrained(push_to_hub=True) uploads what is newer than this snapshot; the shim and card are written before it
         before = super()._get_files_timestamps(working_dir)

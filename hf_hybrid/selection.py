@@ -43,6 +43,9 @@ class SwapReport:
         most_linear (`list[str]`): The most layers reached with the metric at or above the floor.
         commits (`list[Trial]`): The trial of every committed swap, in order.
         trials (`list[Trial]`): All of them.
+        confirmed (`list[str]` or `None`): The longest prefix of `most_linear` that also holds on data the search did not choose by, where
+            such data was given.
+        confirmations (`list[Trial]`): The evaluations on that data, the teacher's first.
     """
 
     metric: str
@@ -53,6 +56,8 @@ class SwapReport:
     most_linear: list[str]
     commits: list[Trial]
     trials: list[Trial]
+    confirmed: list[str] | None = None
+    confirmations: list[Trial] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         result = dataclasses.asdict(self)
@@ -145,6 +150,36 @@ def allowed_drop(max_drop: float | str) -> tuple[float, bool]:
     return value, relative
 
 
+def floor_of(base: float, max_drop: float | str, greater_is_better: bool) -> float:
+    """The worst allowed value of a metric that starts at `base` (for a loss: the largest)."""
+    drop, relative = allowed_drop(max_drop)
+    drop = drop * abs(base) if relative else drop
+    return base - drop if greater_is_better else base + drop
+
+
+def confirm_swaps(
+    report: SwapReport, score: Callable[[list[str]], Metrics], max_drop: float | str, floor: float | None = None
+) -> None:
+    """
+    Walk back from `report.most_linear` to the longest prefix whose metric holds on other data, by the same rule. Choosing the best of
+    hundreds of noisy scores favours lucky ones; this is where luck shows. Fills `report.confirmed` and `report.confirmations`.
+    """
+    sign = 1.0 if report.greater_is_better else -1.0
+
+    def run(swapped):
+        metrics = score(swapped)
+        read_metric(metrics, report.metric, f"confirmation of {len(swapped)} swaps")
+        report.confirmations.append(Trial(len(swapped), list(swapped), None, dict(metrics)))
+        return metrics[report.metric]
+
+    base = run([])
+    floor = floor_of(base, max_drop, report.greater_is_better) if floor is None else floor
+    count = len(report.most_linear)
+    while count and sign * run(report.most_linear[:count]) < sign * floor - 1e-12 * max(abs(floor), 1.0):
+        count -= 1
+    report.confirmed = report.most_linear[:count]
+
+
 def read_metric(metrics: Metrics, name: str, where: str) -> float:
     """`metrics[name]`, checked: there, a number, finite."""
     if name not in metrics:
@@ -169,7 +204,7 @@ def greedy_swap(
     *,
     metric: str,
     greater_is_better: bool,
-    max_drop: float | str | None = 0.02,
+    max_drop: float | str = 0.02,
     floor: float | None = None,
     tie_breaker: str | None = "eval_loss",
     max_layers: int | None = None,
@@ -222,10 +257,7 @@ def greedy_swap(
     start = run(0, [], None, 0)
     base = float(start.metrics[metric])
     if floor is None:
-        if max_drop is None:
-            raise HybridConfigError("Either max_drop or floor must be given; got neither.")
-        drop, relative = allowed_drop(max_drop)
-        floor = base - sign * (drop * abs(base) if relative else drop)
+        floor = floor_of(base, max_drop, greater_is_better)
     elif sign * base < sign * floor:
         raise MetricError(
             f"floor must be within reach of the starting metric; got floor={floor} for {metric}, which starts at {base:.6g}. "

@@ -99,7 +99,7 @@ class HybridTrainer(Trainer):
             **kwargs,
         )
         self.model_accepts_loss_kwargs = False
-        self.model.recompute_students = bool(args.gradient_checkpointing)
+        self.model.recompute_students = bool(args.activation_checkpointing)
         self.swap_report: SwapReport | None = None
         self.last_block_losses: dict[str, float] = {}
         self._block_losses: torch.Tensor | None = None
@@ -182,13 +182,13 @@ class HybridTrainer(Trainer):
         """Names of the layers that are linear now."""
         return swapped_layers(self.accelerator.unwrap_model(self.model))
 
-    def evaluate_silently(self) -> dict[str, float]:
+    def evaluate_silently(self, eval_dataset=None) -> dict[str, float]:
         """`evaluate` without progress bars, logs and callbacks: a search calls it hundreds of times."""
         handler, callbacks = self.callback_handler, self.callback_handler.callbacks
         history = len(self.state.log_history)
         handler.callbacks = []
         try:
-            return self.evaluate()
+            return self.evaluate(eval_dataset)
         finally:
             handler.callbacks = callbacks
             del self.state.log_history[history:]

@@ -37,7 +37,7 @@ class HybridTrainingArguments(TrainingArguments):
 
     Changed defaults:
         `learning_rate` 1e-2 (mixers are few and start useful; measured), `lr_scheduler_type` cosine, `warmup_steps` 3, `weight_decay` 0,
-        `adam_beta2` 0.95, `gradient_checkpointing` True (each student is recomputed in backward), `logging_steps` 10,
+        `adam_beta2` 0.95, `activation_checkpointing` True (each student is recomputed in backward), `logging_steps` 10,
         `logging_nan_inf_filter` False (a NaN is an error, not something to skip), `save_only_model` False.
     """
 
@@ -62,7 +62,7 @@ class HybridTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=3, metadata={"help": "Linear warmup over warmup_steps (a ratio if below 1)."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay for AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 for AdamW."})
-    gradient_checkpointing: bool = field(default=True, metadata={"help": "Recompute each student in backward."})
+    activation_checkpointing: bool | None = field(default=True, metadata={"help": "Recompute each student in backward."})
     logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Skip NaN and infinite losses in logs."})
 

@@ -1,0 +1,310 @@
+"""`hf-hybrid`: a thin shell over the library's functions, one subcommand each. Options are dataclasses parsed by `HfArgumentParser`."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import logging
+
+from .bank import load_mixer_bank
+from .cache import cache_bytes
+from .callbacks import GreedyLayerSwapCallback
+from .distillation import finalize_, swap_layers_
+from .errors import DatasetError, HybridConfigError, HybridError
+from .mixers import MixerConfig, resolve_mixer_config
+from .modeling_hybrid import HybridModelMixin, convert_to_hybrid, find_attention_sites, new_mixer
+from .ops import fast_fp32_matmul
+from .report import accuracy_interval, compare_speed, perplexity
+from .tasks import LabelWordTask
+from .trainer import HybridTrainer, pack_text
+from .training_args import HybridTrainingArguments, parse_layers
+
+
+console = Console()
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model: str = field(metadata={"help": "Name on the Hub or path of the model.", "aliases": ["--model_name_or_path"]})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+
+    def load(self):
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).eval()
+
+    def tokenizer(self):
+        return AutoTokenizer.from_pretrained(self.model)
+
+
+@dataclass
+class MixerArguments:
+    """Which mixer, with which settings."""
+
+    mixer: str = field(default="linear_attention", metadata={"help": "A registered mixer."})
+    window_size: int | None = field(default=None, metadata={"help": "Tokens attended exactly; the mixer's default if not given."})
+    num_sink_tokens: int | None = field(default=None, metadata={"help": "First tokens attended for ever; the mixer's default if not given."})
+    feature_map: str | None = field(default=None, metadata={"help": "Feature map; the mixer's default if not given."})
+
+    def config(self) -> MixerConfig:
+        given = {k: v for k, v in vars(self).items() if k != "mixer" and v is not None}
+        return resolve_mixer_config({"name": self.mixer, **given})
+
+
+@dataclass
+class TextArguments:
+    """Text to distil on."""
+
+    dataset: str = field(metadata={"help": "Name on the Hub, or a .txt, .json, .jsonl, .csv or .parquet file."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
+
+
+@dataclass
+class TaskArguments:
+    """Data to measure on: text (loss, perplexity), or labelled examples (accuracy of label words)."""
+
+    eval_dataset: str = field(metadata={"help": "Name on the Hub, or a .txt, .json, .jsonl, .csv or .parquet file."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a dataset from the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the class index."})
+    prompt: str | None = field(default=None, metadata={"help": "Prompt with {text}, ending where the label word follows."})
+    label_words: str | None = field(default=None, metadata={"help": "Comma-separated words of label 0, 1, …, with leading spaces."})
+    max_examples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
+    eval_length: int = field(default=1024, metadata={"help": "Tokens per sequence when measuring text."})
+
+    def rows(self):
+        data = load_rows(self.eval_dataset, self.eval_split)
+        return data if self.max_examples is None else data.select(range(min(self.max_examples, len(data))))
+
+    def task(self, tokenizer) -> LabelWordTask | None:
+        if (self.prompt is None) != (self.label_words is None):
+            raise HybridConfigError("--prompt and --label_words belong together; got one of them.")
+        return None if self.prompt is None else LabelWordTask(tokenizer, self.prompt, self.label_words.split(","))
+
+    def examples(self, task: LabelWordTask):
+        return task.dataset([{"text": row[self.text_column], "label": row[self.label_column]} for row in self.rows()])
+
+    def sequences(self, tokenizer):
+        packed = pack_text(self.rows()[self.text_column], tokenizer, self.eval_length, self.eval_dataset)
+        return packed.map(lambda row: {"labels": row["input_ids"]})
+
+
+@dataclass
+class SearchArguments:
+    """The search."""
+
+    mixer_bank: str = field(metadata={"help": "Folder or Hub repository that `hf-hybrid distill` wrote."})
+    metric: str = field(default="loss", metadata={"help": "loss, or accuracy with --prompt and --label_words."})
+    max_drop: str = field(default="2%", metadata={"help": 'Allowed loss of the metric: absolute, or relative as "2%%".'})
+    max_layers: int | None = field(default=None, metadata={"help": "Stop after this many swaps."})
+    keep: str = field(default="most_linear", metadata={"help": "Which result to save.", "choices": ["most_linear", "best"]})
+    resume: bool = field(default=False, metadata={"help": "Continue an interrupted search in output_dir."})
+
+
+@dataclass
+class ConvertArguments:
+    """Conversion without training, or with the students of a bank."""
+
+    output_dir: str = field(metadata={"help": "Where the hybrid checkpoint goes."})
+    layers: str | None = field(default=None, metadata={"help": "Comma-separated indices or names; all by default."})
+    mixer_bank: str | None = field(default=None, metadata={"help": "Use these students instead of fresh mixers."})
+
+
+@dataclass
+class BenchmarkArguments:
+    """What to time."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Model to compare with; by default the hybrid's base model."})
+    lengths: str = field(default="1024,4096", metadata={"help": "Comma-separated context lengths, in tokens."})
+    decode_tokens: int = field(default=8, metadata={"help": "Tokens decoded per round."})
+    rounds: int = field(default=3, metadata={"help": "Side-by-side rounds; medians are reported."})
+
+
+def load_rows(name: str, split: str):
+    """A `datasets.Dataset` from a Hub name or a local file."""
+    from datasets import load_dataset
+
+    kinds = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+    extension = os.path.splitext(name)[1]
+    if extension in kinds:
+        if not os.path.exists(name):
+            raise DatasetError(f"The file {name!r} does not exist.")
+        return load_dataset(kinds[extension], data_files=name, split="train")
+    return load_dataset(name, split=split)
+
+
+def distill(args: HybridTrainingArguments, model: ModelArguments, mixer: MixerArguments, text: TextArguments) -> None:
+    """Distil every attention layer on text and write the mixer bank to output_dir."""
+    data = load_rows(text.dataset, text.dataset_split)
+    trainer = HybridTrainer(model.load(), mixer.config(), args, train_dataset=data, processing_class=model.tokenizer())
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.save_mixer_bank()
+    worst = max(trainer.last_block_losses.items(), key=lambda item: item[1], default=("none", float("nan")))
+    console.print(f"Distilled {len(trainer._sites())} layers into {args.output_dir}; largest local loss {worst[1]:.3f} ({worst[0]}).")
+
+
+def search(args: HybridTrainingArguments, model: ModelArguments, task: TaskArguments, options: SearchArguments) -> None:
+    """Swap layers greedily on your data, with the students of a bank, and save the hybrid to output_dir."""
+    tokenizer = model.tokenizer()
+    labels = task.task(tokenizer)
+    data = task.sequences(tokenizer) if labels is None else task.examples(labels)
+    trainer = HybridTrainer(
+        model.load(), None, args, mixer_bank=options.mixer_bank, eval_dataset=data, processing_class=tokenizer,
+        **({} if labels is None else labels.trainer_kwargs()),
+    )  # fmt: skip
+    if not options.resume:
+        trainer._check_output_folder()
+    callback = GreedyLayerSwapCallback(options.metric, options.max_drop, max_layers=options.max_layers, keep=options.keep)
+    report = callback.search(trainer)
+    trainer.save_model()
+    trainer.create_model_card()
+    console.print(
+        f"Swapped {len(trainer.swapped_layers())} of {len(trainer._sites())} layers, {report.metric} {report.base:.4g} -> "
+        f"{(report.commits[-1].metrics[report.metric] if report.commits else report.base):.4g} (floor {report.floor:.4g}, {len(report.trials)} "
+        f"trials); saved to {args.output_dir}."
+    )
+
+
+def convert(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments) -> None:
+    """Replace layers without training, or by the students of a bank, and save the hybrid."""
+    if os.path.exists(os.path.join(options.output_dir, "config.json")):
+        from .errors import OutputFolderError
+
+        raise OutputFolderError(f"output_dir={options.output_dir!r} holds a model already. Choose another folder.")
+    loaded = model.load()
+    layers = parse_layers(options.layers)
+    if options.mixer_bank:
+        load_mixer_bank(loaded, options.mixer_bank)
+        names = list(loaded.distill_sites)
+        swap_layers_(loaded, names if layers is None else [names[i] if isinstance(i, int) else i for i in layers])
+        finalize_(loaded)
+    else:
+        convert_to_hybrid(loaded, mixer.config(), layers)
+    loaded.save_pretrained(options.output_dir)
+    model.tokenizer().save_pretrained(options.output_dir)
+    console.print(f"Saved a hybrid with {len(loaded.config.hybrid['sites'])} linear layers to {options.output_dir}.")
+
+
+def evaluate(model: ModelArguments, task: TaskArguments) -> None:
+    """Perplexity of text, or accuracy of label words, of any model, hybrid or not."""
+    loaded, tokenizer = model.load(), model.tokenizer()
+    labels = task.task(tokenizer)
+    if labels is None:
+        ids = torch.tensor(task.sequences(tokenizer)["input_ids"])
+        console.print(f"perplexity {perplexity(loaded, ids):.3f} over {ids.numel():,} tokens of {task.eval_dataset}")
+        return
+    examples, correct = task.examples(labels), 0
+    for start in range(0, len(examples), 32):
+        batch = labels.collate([examples[i] for i in range(start, min(start + 32, len(examples)))])
+        targets = batch.pop("labels")
+        with torch.no_grad():
+            logits = loaded(**{k: v.to(loaded.device) if torch.is_tensor(v) else v for k, v in batch.items()}).logits
+        correct += int((labels.label_logits(logits).argmax(-1).cpu() == targets).sum())
+    low, high = accuracy_interval(correct, len(examples))
+    console.print(f"accuracy {correct / len(examples):.4f} (95 % interval {low:.4f} - {high:.4f}) on {len(examples)} examples of {task.eval_dataset}")
+
+
+def benchmark(model: ModelArguments, options: BenchmarkArguments) -> None:
+    """Prefill and decode time and cache bytes of a hybrid beside its teacher's."""
+    hybrid = model.load()
+    if not isinstance(hybrid, HybridModelMixin):
+        raise HybridConfigError(f"{model.model} is not a hybrid checkpoint; nothing to compare. Make one with `hf-hybrid convert` or `search`.")
+    name = options.teacher or hybrid.config.hybrid["base_model"]["name_or_path"]
+    if not name:
+        raise HybridConfigError("The checkpoint does not name its base model. Pass --teacher.")
+    teacher = AutoModelForCausalLM.from_pretrained(name, dtype=hybrid.dtype).eval()
+    table = Table("tokens", "what", "teacher", "hybrid", "ratio", title=f"{model.model} beside {name}", title_justify="left")
+    for length in parse_layers(options.lengths):
+        speed = compare_speed({"teacher": teacher, "hybrid": hybrid}, length, options.decode_tokens, options.rounds)
+        for what in ("prefill", "decode"):
+            ours, theirs = getattr(speed["hybrid"], what), getattr(speed["teacher"], what)
+            table.add_row(f"{length:,}", what, f"{theirs.seconds * 1e3:,.1f} ms", f"{ours.seconds * 1e3:,.1f} ms", f"{ours.ratio:.2f}x")
+        ours, theirs = speed["hybrid"].cache_bytes, speed["teacher"].cache_bytes
+        table.add_row(f"{length:,}", "cache", f"{theirs / 2**20:.2f} MiB", f"{ours / 2**20:.2f} MiB", f"{theirs / ours:.2f}x")
+    console.print(table)
+
+
+def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
+    """The attention sites of a model, and what a linear layer would keep in place of its cache."""
+    loaded = model.load()
+    config = mixer.config()
+    sites = find_attention_sites(loaded)
+    modules = dict(loaded.named_modules())
+    linear = loaded.config.hybrid_sites() if isinstance(loaded, HybridModelMixin) else {}
+    table = Table("#", "site", "now", "heads", "kv heads", "head size", "causal", f"{config.name} state", "KV cache at 32k")
+    for index, site in enumerate(sites):
+        bytes_per_token = site.num_key_value_heads * (site.head_dim + site.value_dim) * loaded.dtype.itemsize
+        state = new_mixer(config, site, modules[site.name]).state_bytes(dtype=loaded.dtype) if site.causal else None
+        table.add_row(
+            str(index), site.name, linear[site.name][1]["name"] if site.name in linear else "softmax", str(site.num_heads),
+            str(site.num_key_value_heads), str(site.head_dim), "yes" if site.causal else "no",
+            "-" if state is None else f"{state / 1024:,.0f} KiB", f"{bytes_per_token * 32768 / 1024:,.0f} KiB",
+        )  # fmt: skip
+    console.print(table)
+    with torch.no_grad():
+        cache = loaded(input_ids=torch.zeros(1, 2, dtype=torch.long, device=loaded.device), use_cache=True).past_key_values
+    console.print(f"{len(linear)} of {len(sites)} layers of {model.model} are linear; cache after 2 tokens: {cache_bytes(cache):,} bytes.")
+
+
+def demo(options) -> None:
+    """The whole method on a real pretrained model: SmolLM2-135M becomes a sentiment hybrid."""
+    from .demo.run import run_demo
+
+    run_demo(options, console)
+
+
+def _commands() -> dict[str, tuple[Callable, list[type]]]:
+    from .demo.run import DemoArguments
+
+    return {
+        "distill": (distill, [HybridTrainingArguments, ModelArguments, MixerArguments, TextArguments]),
+        "search": (search, [HybridTrainingArguments, ModelArguments, TaskArguments, SearchArguments]),
+        "convert": (convert, [ModelArguments, MixerArguments, ConvertArguments]),
+        "evaluate": (evaluate, [ModelArguments, TaskArguments]),
+        "benchmark": (benchmark, [ModelArguments, BenchmarkArguments]),
+        "inspect": (inspect, [ModelArguments, MixerArguments]),
+        "demo": (demo, [DemoArguments]),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point. Exit status: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = _commands()
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0] not in commands:
+        lines = [f"  {name:10s} {function.__doc__.splitlines()[0]}" for name, (function, _) in commands.items()]
+        text = "usage: hf-hybrid COMMAND [options]    (hf-hybrid COMMAND --help)\n\n" + "\n".join(lines)
+        asked = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(text, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    function, types = commands[arguments[0]]
+    parser = HfArgumentParser(types, prog=f"hf-hybrid {arguments[0]}", description=function.__doc__)
+    options = parser.parse_args_into_dataclasses(_model_first(arguments[1:]))
+    logging.set_verbosity_warning()
+    try:
+        with fast_fp32_matmul():
+            function(*options)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk, run again with --resume (or --resume_from_checkpoint) to continue", file=sys.stderr)
+        return 130
+    except (HybridError, OSError, ValueError) as error:
+        print(f"hf-hybrid {arguments[0]}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _model_first(arguments: list[str]) -> list[str]:
+    """`hf-hybrid inspect NAME …` is `hf-hybrid inspect --model NAME …`."""
+    if arguments and not arguments[0].startswith("-"):
+        return ["--model", *arguments]
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""A classification task for language models: which of a few label words is the likelier continuation of a prompt?
+
+Everything the Trainer needs for it: prompts, collator, loss, metrics. Only the last position's logits are computed.
+"""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from .errors import DatasetError, HybridConfigError
+
+
+class LabelWordTask:
+    """
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): With a padding token.
+        prompt (`str`): With `{text}` where the example goes, ending where the label word follows.
+        label_words (`list[str]`): The word of label 0, of label 1, …, each with its leading space; compared by their first token.
+
+    Raises:
+        DatasetError: If there is no tokenizer or no padding token.
+        HybridConfigError: If the prompt has no `{text}`, or two label words begin with the same token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, prompt: str, label_words: list[str]):
+        if tokenizer is None:
+            raise DatasetError("LabelWordTask needs a tokenizer; got None.")
+        if tokenizer.pad_token_id is None:
+            raise DatasetError("LabelWordTask needs a padding token, the tokenizer has none. Set tokenizer.pad_token = tokenizer.eos_token.")
+        if "{text}" not in prompt:
+            raise HybridConfigError(f"prompt must contain {{text}}; got {prompt!r}.")
+        self.tokenizer, self.prompt = tokenizer, prompt
+        self.label_ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
+        if len(set(self.label_ids)) < max(2, len(label_words)):
+            raise HybridConfigError(f"label_words must be at least two words that begin with different tokens; got {label_words!r}.")
+
+    def dataset(self, rows: list[dict]) -> Dataset:
+        """Tokenised prompts of `{"text", "label"}` rows, shortest first so that batches hold little padding."""
+        if not rows:
+            raise DatasetError("LabelWordTask: the dataset must not be empty; got 0 rows.")
+        ids = self.tokenizer([self.prompt.format(text=row["text"]) for row in rows])["input_ids"]
+        examples = sorted(zip(ids, (int(row["label"]) for row in rows), strict=True), key=lambda example: len(example[0]))
+        return Dataset.from_dict({"input_ids": [i for i, _ in examples], "labels": [label for _, label in examples]})
+
+    def collate(self, examples: list[dict]) -> dict:
+        """Left-padded batch; `labels` are class indices, `[B]`. Sequences without labels (distillation text) pass as they are."""
+        if "labels" not in examples[0] or isinstance(examples[0]["labels"], list):
+            return {"input_ids": torch.tensor([example["input_ids"] for example in examples])}
+        length = max(len(example["input_ids"]) for example in examples)
+        ids = torch.full((len(examples), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            count = len(example["input_ids"])
+            ids[row, length - count :] = torch.tensor(example["input_ids"])
+            mask[row, length - count :] = 1
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+            "logits_to_keep": 1,
+        }
+
+    def loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+        """Cross-entropy among the label words, in nats; for `compute_loss_func`."""
+        return F.cross_entropy(self.label_logits(outputs.logits), labels)
+
+    def label_logits(self, logits, labels=None) -> torch.Tensor:
+        """`[B, 1, vocabulary]` -> `[B, number of labels]`; for `preprocess_logits_for_metrics`."""
+        return logits[:, -1, self.label_ids].float()
+
+    @staticmethod
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        """Accuracy in [0, 1]; for `compute_metrics`."""
+        return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
+
+    def trainer_kwargs(self) -> dict:
+        """What to pass to a Trainer to evaluate this task."""
+        return {
+            "data_collator": self.collate,
+            "compute_loss_func": self.loss,
+            "preprocess_logits_for_metrics": self.label_logits,
+            "compute_metrics": self.metrics,
+        }

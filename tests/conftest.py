@@ -1,0 +1,46 @@
+"""Shared fixtures: fixed seeds, two threads, quiet libraries, a tokenizer made on the spot, toy data. No network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything from the ecosystem is imported: a test never looks a name up
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from datasets import Dataset, disable_progress_bars  # noqa: E402
+
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+disable_progress_bars()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def token_dataset(rows: int, length: int = 24, seed: int = 1) -> Dataset:
+    """Random token ids with a little structure (each token repeats half of the time), as `input_ids` and `labels`."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 99, (rows, length), generator=generator)
+    repeat = torch.rand(rows, length, generator=generator) < 0.5
+    for t in range(1, length):
+        ids[:, t] = torch.where(repeat[:, t], ids[:, t - 1], ids[:, t])
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A word-level tokenizer of 99 words, with an end-of-text and a padding token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "good", "bad"] + [f"w{i}" for i in range(93)]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
