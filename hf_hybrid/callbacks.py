@@ -168,10 +168,15 @@ class _Scorer:
     def _record(self):
         """One evaluation of the committed mixture, keeping what every block sees."""
         self.trainer.swap_layers(self.committed)
-        with self.reuse.recording():
-            self._last = self.trainer.evaluate_silently()
-        if self._recorded is None and not self.reuse.verify():
-            logger.info("Activations cannot be reused between trials of this model: every trial runs the whole model.")
+        new = [site for site in self.committed if site not in (self._recorded or [])]
+        if self._recorded is not None and new:
+            with self.reuse.recording_above(min(self.reuse.position(site) for site in new)):
+                self._last = self.trainer.evaluate_silently()
+        else:
+            with self.reuse.recording():
+                self._last = self.trainer.evaluate_silently()
+            if not self.reuse.verify():
+                logger.info("Activations cannot be reused between trials of this model: every trial runs the whole model.")
         self._recorded = list(self.committed)
 
 

@@ -84,6 +84,23 @@ class PrefixReuse:
                 self.forget()
 
     @contextlib.contextmanager
+    def recording_above(self, position: int):
+        """After a commit at `position`: one evaluation that starts there and replaces what the later blocks see."""
+        later = self.blocks[position + 1 :]
+        self._inputs[position + 1 :] = [[] for _ in later]
+
+        def before_block(module, args, kwargs):
+            self._inputs[self.blocks.index(module)].append(_hidden_states(args, kwargs).detach().clone())
+
+        handles = [module.register_forward_pre_hook(before_block, with_kwargs=True) for module in later]
+        try:
+            with self.starting_at(position):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
     def starting_at(self, position: int):
         """Evaluations in here skip the blocks before `position`, and feed that block what it saw while recording."""
         self._batch = -1

@@ -114,7 +114,8 @@ class DistillModelMixin:
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False
         if "logits_to_keep" in self._forward_parameters:
-            kwargs["logits_to_keep"] = 1  # nobody looks at the logits: spare the largest matrix product of a small model
+            # nobody looks at the logits: spare the largest matrix product of a small model (by index: see tasks.py)
+            kwargs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=self.device)
         for site in self.distill_sites.values():
             site.record = record
         try:

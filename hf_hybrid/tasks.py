@@ -60,7 +60,9 @@ class LabelWordTask:
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
             "labels": torch.tensor([example["labels"] for example in examples]),
-            "logits_to_keep": 1,
+            # an index, not the number 1: the slice that a number makes is not contiguous, and the output projection would copy its
+            # weight once per row of the batch
+            "logits_to_keep": torch.tensor([length - 1]),
         }
 
     def loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:

@@ -13,6 +13,7 @@ import transformers  # noqa: E402
 from datasets import Dataset, disable_progress_bars  # noqa: E402
 
 
+torch.set_num_threads(1)  # toy tensors: threads of two test processes would only fight
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 disable_progress_bars()
