@@ -11,7 +11,8 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .bank import WEIGHTS_FILE as BANK_WEIGHTS_FILE
@@ -114,8 +115,15 @@ class HybridTrainer(Trainer):
         if self.train_dataset is None:
             raise DatasetError("HybridTrainer.train: train_dataset is missing. Pass the text to distil on; the task's labels are not needed.")
         self._check_students_are_there()
-        if resume_from_checkpoint is True and get_last_checkpoint(self.args.output_dir) is None:
-            resume_from_checkpoint = None  # killed before the first checkpoint: start over in the same folder
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            name = next(iter(self._sites().values())).mixer_config.name
+            raise HybridConfigError(
+                f"HybridTrainer.train: {name} has nothing to train with projections={self.args.projections!r}. Search right away with "
+                "GreedyLayerSwapCallback(…).search(trainer), or train its projections."
+            )
+        if resume_from_checkpoint is True:
+            # None: killed before the first checkpoint was complete; start over in the same folder
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif not resume_from_checkpoint:
             self._check_output_folder()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -265,6 +273,27 @@ class HybridTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model)
             with as_hybrid(model) if isinstance(model, DistillModelMixin) else contextlib.nullcontext():
                 write_model_card(model, self.args.output_dir, report=self.swap_report)
+
+
+def last_complete_checkpoint(folder: str) -> str | None:
+    """
+    The newest checkpoint of `folder` that was written to its end, or `None`. The Trainer writes a checkpoint's state last and removes older
+    checkpoints only afterwards: a kill while saving leaves one without a readable state, and a complete one before it.
+    """
+    if not os.path.isdir(folder):
+        return None
+    prefix = PREFIX_CHECKPOINT_DIR + "-"
+    steps = [int(name.removeprefix(prefix)) for name in os.listdir(folder) if name.removeprefix(prefix).isdigit() and name.startswith(prefix)]
+    for step in sorted(steps, reverse=True):
+        path = os.path.join(folder, f"{prefix}{step}")
+        try:
+            with open(os.path.join(path, TRAINER_STATE_NAME), encoding="utf-8") as file:
+                json.load(file)
+        except (OSError, ValueError):
+            logger.warning(f"{path} is incomplete (the run was killed while saving it): resuming from an earlier one.")
+            continue
+        return path
+    return None
 
 
 def _load_teacher(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -1,0 +1,48 @@
+# Two commands: `make demo` sets up and runs the main job, `make test` sets up and passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo demo-quick test test-fast quality style docs bench clean
+
+$(INSTALLED): setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and pinned: a plain install would fetch the CUDA build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/hf-hybrid demo
+
+demo-quick: $(INSTALLED)
+	$(BIN)/hf-hybrid demo --quick --output_dir smollm2-sentiment-hybrid-quick
+
+test: $(INSTALLED) quality
+	$(BIN)/python -m pytest -n 2
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+style: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
+	$(BIN)/python benchmarks/distillation_step.py --output benchmarks/results/distillation_step.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,105 @@
+"""The command line, on toy models: every subcommand does its job, and every error is one line and a non-zero status."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_hybrid import cli
+
+from conftest import token_dataset
+from tiny_models import tiny_model
+
+
+@pytest.fixture
+def teacher(tmp_path, tokenizer):
+    tiny_model().save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    words = [tokenizer.convert_ids_to_tokens(ids) for ids in token_dataset(60)["input_ids"]]
+    rows = [{"text": " ".join(row), "label": index % 2} for index, row in enumerate(words)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+QUICK = ["--max_steps", 2, "--per_device_train_batch_size", 2, "--max_length", 24, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+
+
+def test_distill_search_evaluate_benchmark(teacher, capsys):
+    bank, out, rows = teacher / "bank", teacher / "hybrid", teacher / "rows.jsonl"
+    model = teacher / "teacher"
+    assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
+    assert "Distilled 3 layers" in capsys.readouterr().out
+    search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, "--eval_length", 24, "--output_dir", out, "--max_drop", "50%"]
+    assert run(*search, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true") == 0
+    assert "Swapped 3 of 3 layers, eval_loss" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert len(loaded.config.hybrid["sites"]) == 3
+    assert (out / "README.md").read_text().count("`eval_loss`") >= 1
+    assert run("evaluate", out, "--eval_dataset", rows, "--eval_length", 24) == 0
+    assert "perplexity" in capsys.readouterr().out
+    task = ["--prompt", "{text} w1", "--label_words", "good,bad"]
+    assert run("evaluate", out, "--eval_dataset", rows, "--max_examples", 40, *task) == 0
+    assert "on 40 examples" in capsys.readouterr().out
+    assert run("benchmark", out, "--lengths", "16,32", "--rounds", 1, "--decode_tokens", 2) == 0
+    assert "prefill" in capsys.readouterr().out
+    # again into the same folder: refused; continued: nothing is scored twice, the result is the same
+    assert run(*search, "--report_to", "none", "--use_cpu") == 1
+    assert "holds another run" in capsys.readouterr().err
+    before = (out / "swap_trace.jsonl").read_text().count('"type": "trial"')
+    assert run(*search, "--resume", "--report_to", "none", "--use_cpu", "--disable_tqdm", "true") == 0
+    assert (out / "swap_trace.jsonl").read_text().count('"type": "trial"') == before
+
+
+def test_search_on_label_words(teacher, capsys):
+    bank, rows = teacher / "bank", teacher / "rows.jsonl"
+    assert run("distill", teacher / "teacher", "--dataset", rows, "--output_dir", bank, "--mixer", "sliding_window", *QUICK) == 1
+    assert "sliding_window has nothing to train" in capsys.readouterr().err
+    assert run("distill", teacher / "teacher", "--dataset", rows, "--output_dir", bank, *QUICK) == 0
+    arguments = ["--prompt", "{text} w1", "--label_words", "good,bad", "--metric", "accuracy", "--max_drop", "0.5", "--max_layers", 1]
+    more = ["--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--output_dir", teacher / "out"]
+    assert run("search", teacher / "teacher", "--mixer_bank", bank, "--eval_dataset", rows, *arguments, *more) == 0
+    assert "Swapped 1 of 3 layers, eval_accuracy" in capsys.readouterr().out
+
+
+def test_convert_and_inspect(teacher, capsys):
+    out = teacher / "windowed"
+    assert run("convert", teacher / "teacher", "--mixer", "sliding_window", "--window_size", 8, "--layers", "0,-1", "--output_dir", out) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    sites = loaded.config.hybrid_sites()
+    assert list(sites) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+    assert sites["model.layers.0.self_attn"][1] == {"name": "sliding_window", "window_size": 8, "num_sink_tokens": 4}
+    with torch.no_grad():
+        assert loaded(torch.arange(20)[None]).logits.isfinite().all()
+    capsys.readouterr()
+    assert run("inspect", out) == 0
+    text = capsys.readouterr().out
+    assert "2 of 3 layers" in text
+    assert run("convert", teacher / "teacher", "--output_dir", out) == 1
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_errors_are_one_line_and_a_status(teacher, capsys):
+    model = teacher / "teacher"
+    for arguments, message in [
+        (["convert", model, "--mixer", "slding_window", "--output_dir", teacher / "x"], "Did you mean 'sliding_window'"),
+        (["convert", model, "--layers", "7", "--output_dir", teacher / "x"], "index must be in 0..2"),
+        (["evaluate", model, "--eval_dataset", "nowhere.jsonl"], "The file 'nowhere.jsonl' does not exist"),
+        (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "x {text}"], "belong together"),
+        (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "x", "--label_words", "good,bad"], "must contain {text}"),
+        (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "{text}", "--label_words", "good,good"], "different tokens"),
+        (["benchmark", model], "is not a hybrid checkpoint"),
+        (["inspect", teacher / "nothing"], "nothing"),
+    ]:
+        assert run(*arguments) == 1, arguments
+        error = capsys.readouterr().err.strip()
+        assert message in error, (arguments, error)
+        assert error.splitlines()[-1].startswith("hf-hybrid ") or message in error.splitlines()[-1]
+    assert not (teacher / "x").exists()
+    assert run("nope") == 2
+    assert run("--help") == 0
+    assert "distill" in capsys.readouterr().out

@@ -1,0 +1,112 @@
+"""Publishing and loading back, against a Hub-compatible server on this machine. Clients run in processes of their own: the address of
+the Hub is read when huggingface_hub is imported."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from hub_server import HubServer
+
+
+TESTS = os.path.dirname(__file__)
+
+
+@pytest.fixture
+def run_client(tmp_path):
+    """Runs code in a fresh process that knows only our Hub; returns what it prints."""
+    with HubServer(tmp_path / "hub", token="hf_test") as hub:
+
+        def run(code: str, name: str = "client") -> str:
+            home = tmp_path / name
+            environment = {**os.environ, **hub.environment(home), "PYTHONPATH": TESTS, "HF_MODULES_CACHE": str(home / "modules")}
+            done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-4000:]
+            return done.stdout
+
+        yield run
+
+
+LOAD = """
+    import torch
+    {first}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("tester/toy"{trust}).eval()
+    with torch.no_grad():
+        print(model(torch.arange(5, 25)[None]).logits.double().sum().item(), len(model.config.hybrid["sites"]))
+"""
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(run_client):
+    sent = run_client("""
+        import torch
+        from helpers import SMALL_MIXER
+        from tiny_models import tiny_model, perturb_mixers
+        from hf_hybrid import convert_to_hybrid
+        model = perturb_mixers(convert_to_hybrid(tiny_model(), SMALL_MIXER, [0, 2]))
+        model.push_to_hub("tester/toy")
+        with torch.no_grad():
+            print(model(torch.arange(5, 25)[None]).logits.double().sum().item(), 2)
+        from huggingface_hub import hf_hub_download
+        card = open(hf_hub_download("tester/toy", "README.md")).read()
+        assert "2 of its 3 attention layers" in card and 'from_pretrained("tester/toy")' in card, card
+        model.push_to_hub("tester/toy")  # a second push, onto what is there
+    """)
+    assert run_client(LOAD.format(first="import hf_hybrid", trust=""), "other") == sent
+    assert run_client(LOAD.format(first="", trust=", trust_remote_code=True"), "stranger") == sent
+
+
+def test_a_trainer_pushes_the_hybrid_with_its_card(run_client):
+    sent = run_client("""
+        import torch
+        from helpers import toy_trainer
+        from hf_hybrid import GreedyLayerSwapCallback
+        trainer = toy_trainer("run", callbacks=[GreedyLayerSwapCallback("eval_loss", 10.0, max_layers=2)], arguments={"hub_model_id": "tester/toy"})
+        trainer.train()
+        trainer.push_to_hub()
+        from huggingface_hub import HfApi, hf_hub_download
+        files = HfApi().list_repo_files("tester/toy")
+        assert {"config.json", "model.safetensors", "modeling_hf_hybrid.py", "README.md", "swap_trace.jsonl"} <= set(files), files
+        assert not any("checkpoint-" in name for name in files), files
+        card = open(hf_hub_download("tester/toy", "README.md")).read()
+        assert "## Search" in card and "| 2 |" in card and "eval_loss" in card, card
+        model = trainer.finalize()
+        with torch.no_grad():
+            print(model(torch.arange(5, 25)[None]).logits.double().sum().item(), 2)
+    """)
+    assert run_client(LOAD.format(first="import hf_hybrid", trust=""), "other") == sent
+
+
+def test_a_bank_is_loaded_from_the_hub(run_client):
+    out = run_client("""
+        import torch
+        from helpers import toy_trainer
+        from tiny_models import tiny_model
+        from hf_hybrid import load_mixer_bank
+        from hf_hybrid.bank import student_state
+        from huggingface_hub import HfApi
+        trainer = toy_trainer("run")
+        trainer.train()
+        trainer.save_mixer_bank("bank")
+        HfApi().create_repo("tester/bank")
+        HfApi().upload_folder(repo_id="tester/bank", folder_path="bank")
+        loaded = load_mixer_bank(tiny_model(), "tester/bank")
+        for name, value in student_state(trainer.model).items():
+            assert torch.equal(student_state(loaded)[name], value)
+        print("equal")
+    """)
+    assert out.strip() == "equal"
+
+
+def test_a_repository_that_is_not_there(run_client):
+    out = run_client("""
+        import hf_hybrid
+        from transformers import AutoModelForCausalLM
+        try:
+            AutoModelForCausalLM.from_pretrained("tester/nothing")
+        except OSError as error:
+            print(type(error).__name__, "tester/nothing" in str(error))
+    """)
+    assert out.strip().endswith("True")

@@ -1,0 +1,139 @@
+"""The search itself, on made-up scores: no models here."""
+
+import json
+import math
+
+import pytest
+
+from hf_hybrid.errors import HybridConfigError, MetricError, OutputFolderError
+from hf_hybrid.selection import SwapTrace, allowed_drop, confirm_swaps, greedy_swap
+
+
+SITES = ["a", "b", "c", "d"]
+COST = {"a": 0.05, "b": 0.01, "c": 0.03, "d": 0.2}
+
+
+def accuracy(swapped):
+    return {"eval_accuracy": 0.9 - sum(COST[site] for site in swapped)}
+
+
+def search(score=accuracy, **kwargs):
+    settings = {"metric": "eval_accuracy", "greater_is_better": True, "max_drop": 0.1, **kwargs}
+    return greedy_swap(SITES, score, **settings)
+
+
+def test_the_cheapest_layer_goes_first_until_the_floor():
+    report = search()
+    assert report.most_linear == ["b", "c", "a"]
+    assert report.best == []  # every swap costs something
+    assert report.base == 0.9 and report.floor == pytest.approx(0.8)
+    # rounds of 4, 3, 2 and the refused last one, and the start
+    assert len(report.trials) == 1 + 4 + 3 + 2 + 1
+    assert [trial.candidate for trial in report.commits] == ["b", "c", "a"]
+
+
+def test_best_is_the_most_linear_of_the_best():
+    gains = {"a": 0.01, "b": 0.02, "c": -0.02, "d": -0.5}
+    report = search(lambda swapped: {"eval_accuracy": 0.9 + sum(gains[s] for s in swapped)})
+    assert report.best == ["b", "a"] and report.most_linear == ["b", "a", "c"]
+    equal = search(lambda swapped: {"eval_accuracy": 0.9})
+    assert equal.best == equal.most_linear == SITES  # ties: the model's order, and as many as possible
+
+
+def test_every_round_scores_again():
+    # a and b are each cheap and together ruinous
+    def score(swapped):
+        return {"eval_accuracy": 0.9 - (0.5 if {"a", "b"} <= set(swapped) else 0.001 * len(swapped))}
+
+    assert search(score).most_linear == ["a", "c", "d"]
+
+
+def test_losses_go_the_other_way():
+    report = greedy_swap(
+        SITES, lambda swapped: {"eval_loss": 2 + sum(COST[s] for s in swapped)}, metric="eval_loss", greater_is_better=False, max_drop="3%"
+    )
+    assert report.floor == pytest.approx(2.06) and report.most_linear == ["b", "c"]
+
+
+def test_equal_metrics_are_told_apart_by_the_loss():
+    def score(swapped):
+        return {"eval_accuracy": 0.5, "eval_loss": sum({"a": 3, "b": 2, "c": 1, "d": 4}[s] for s in swapped)}
+
+    assert search(score).most_linear == ["c", "b", "a", "d"]
+    assert search(score, tie_breaker=None).most_linear == SITES
+
+
+def test_a_metric_on_the_floor_is_allowed():
+    assert search(max_drop=0.04).most_linear == ["b", "c"]  # 0.9 - 0.04 in floating point is not exactly 0.86
+    assert search(max_drop=0).most_linear == []
+    assert search(floor=0.89).most_linear == ["b"]
+    assert search(max_layers=1).most_linear == ["b"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0.02, (0.02, False)), ("2%", (0.02, True)), (" 0.5 ", (0.5, False)), (0, (0.0, False))])
+def test_allowed_drop(given, expected):
+    assert allowed_drop(given) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given", [-0.1, "x", "-2%", math.nan, math.inf, None])
+def test_a_senseless_drop_is_refused(given):
+    with pytest.raises(HybridConfigError, match="max_drop must be a number >= 0"):
+        search(max_drop=given)
+
+
+def test_a_missing_metric_names_the_closest():
+    with pytest.raises(MetricError, match=r"before the first swap: the metric 'eval_accurracy' is not among .* Did you mean 'eval_accuracy'\?"):
+        search(metric="eval_accurracy")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, "high"])
+def test_a_metric_that_is_no_number_stops_the_search(bad):
+    with pytest.raises(MetricError, match="round 1, trial of c: the metric 'eval_accuracy' must be a finite number"):
+        search(lambda swapped: {"eval_accuracy": bad if swapped == ["c"] else 0.9})
+    with pytest.raises(MetricError, match="the metric 'eval_loss' must be a finite number"):
+        search(lambda swapped: {"eval_accuracy": 0.9, "eval_loss": math.nan})
+
+
+def test_a_floor_above_the_start_is_refused():
+    with pytest.raises(MetricError, match="got floor=0.95 for eval_accuracy, which starts at 0.9"):
+        search(floor=0.95)
+
+
+def test_a_killed_search_continues_where_it_was(tmp_path):
+    path, calls = tmp_path / "swap_trace.jsonl", []
+
+    def counting(limit):
+        def score(swapped):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(list(swapped))
+            return accuracy(swapped)
+
+        return score
+
+    whole = search()
+    with pytest.raises(KeyboardInterrupt):
+        search(counting(6), trace=SwapTrace(path, {"run": 1}))
+    with open(path, "a") as file:
+        file.write('{"type": "trial", "swapped": ["b", "c"')  # a line cut off by the kill
+    report = search(counting(None), trace=SwapTrace(path, {"run": 1}))
+    assert report.most_linear == whole.most_linear and [t.swapped for t in report.trials] == [t.swapped for t in whole.trials]
+    assert len(calls) == len({tuple(call) for call in calls}) == len(whole.trials)  # nothing was scored twice
+    rows = [json.loads(line) for line in path.read_text().splitlines()]  # every line is whole
+    assert [row["type"] for row in rows].count("commit") >= 3
+    assert rows[-1]["type"] == "result" and rows[-1]["most_linear"] == ["b", "c", "a"]
+
+
+def test_another_searchs_trace_is_refused(tmp_path):
+    SwapTrace(tmp_path / "t.jsonl", {"metric": "a", "sites": ["x"]})
+    with pytest.raises(OutputFolderError, match="holds another search: metric changed since"):
+        SwapTrace(tmp_path / "t.jsonl", {"metric": "b", "sites": ["x"]})
+
+
+def test_confirmation_takes_swaps_back():
+    report = search()
+    confirm_swaps(report, lambda swapped: {"eval_accuracy": 0.85 - (0.2 if "a" in swapped else 0)}, 0.1)
+    assert report.confirmed == ["b", "c"]
+    assert [len(trial.swapped) for trial in report.confirmations] == [0, 3, 2]
+    with pytest.raises(MetricError, match="confirmation of 0 swaps"):
+        confirm_swaps(report, lambda swapped: {}, 0.1)
