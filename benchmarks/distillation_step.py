@@ -27,7 +27,9 @@ def main():
     rows = []
     for recompute in (True, False):
         teacher = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32).eval()
-        model = prepare_distillation_(AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32)).train()
+        model = prepare_distillation_(
+            AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32)
+        ).train()
         model.recompute_students = recompute
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -43,11 +45,21 @@ def main():
         for flag in (True, False):
             with fast_fp32_matmul() if flag else torch.enable_grad():
                 times = compare_times({"step": step, "forward": forward}, rounds=options.rounds)
-            rows.append({"recompute_students": recompute, "fast_fp32_matmul": flag, "step_over_forward": times["forward"].ratio})
+            rows.append(
+                {
+                    "recompute_students": recompute,
+                    "fast_fp32_matmul": flag,
+                    "step_over_forward": times["forward"].ratio,
+                }
+            )
             print(rows[-1], flush=True)
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"command": "python benchmarks/distillation_step.py", "batch": [4, 1024], "rows": rows}, indent=2))
+        options.output.write_text(
+            json.dumps(
+                {"command": "python benchmarks/distillation_step.py", "batch": [4, 1024], "rows": rows}, indent=2
+            )
+        )
     worst = max(row["step_over_forward"] for row in rows)
     print(f"bar (2.5x): {'met' if worst <= 2.5 else 'MISSED'}, worst {worst:.2f}x")
     raise SystemExit(worst > 2.5)

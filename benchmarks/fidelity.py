@@ -15,7 +15,13 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_hybrid import HybridTrainer, HybridTrainingArguments, SlidingWindowConfig, convert_to_hybrid, restore_full_attention
+from hf_hybrid import (
+    HybridTrainer,
+    HybridTrainingArguments,
+    SlidingWindowConfig,
+    convert_to_hybrid,
+    restore_full_attention,
+)
 from hf_hybrid.demo.assets import prose, teacher_folder
 from hf_hybrid.distillation import swap_layers_
 from hf_hybrid.ops import fast_fp32_matmul
@@ -37,14 +43,24 @@ def main():
     folder = teacher_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    held_out = torch.tensor([ids for ids in (tokenizer(t).input_ids[:LENGTH] for t in prose("test")) if len(ids) == LENGTH])
+    held_out = torch.tensor(
+        [ids for ids in (tokenizer(t).input_ids[:LENGTH] for t in prose("test")) if len(ids) == LENGTH]
+    )
     rows = []
 
     def measure(name, swapped):
-        row = {"model": name, "linear_layers": len(swapped), "perplexity": perplexity(model, held_out), "recall_loss": recall_loss(model, held_out)}
+        row = {
+            "model": name,
+            "linear_layers": len(swapped),
+            "perplexity": perplexity(model, held_out),
+            "recall_loss": recall_loss(model, held_out),
+        }
         row["ratio"] = row["perplexity"] / rows[0]["perplexity"] if rows else 1.0
         rows.append(row)
-        print(f"{name:44s} {len(swapped):2d} linear  perplexity {row['perplexity']:6.2f} ({row['ratio']:.3f}x)  recall {row['recall_loss']:.3f}", flush=True)
+        print(
+            f"{name:44s} {len(swapped):2d} linear  perplexity {row['perplexity']:6.2f} ({row['ratio']:.3f}x)  recall {row['recall_loss']:.3f}",
+            flush=True,
+        )
 
     odd, every = list(range(1, 30, 2)), list(range(30))
     with fast_fp32_matmul():
@@ -69,11 +85,19 @@ def main():
             swap_layers_(model, [])
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({"command": "python benchmarks/fidelity.py", "sequences": len(held_out), "rows": rows}, indent=2))
+        options.output.write_text(
+            json.dumps(
+                {"command": "python benchmarks/fidelity.py", "sequences": len(held_out), "rows": rows}, indent=2
+            )
+        )
     by_name = {row["model"]: row for row in rows}
     half, full = rows[3], rows[5]
     window = by_name["sliding_window 64 + 4, training-free, all layers"]
-    passed = half["ratio"] <= 1.07 and full["perplexity"] < window["perplexity"] and full["recall_loss"] < window["recall_loss"]
+    passed = (
+        half["ratio"] <= 1.07
+        and full["perplexity"] < window["perplexity"]
+        and full["recall_loss"] < window["recall_loss"]
+    )
     print("bars:", "met" if passed else "MISSED")
     raise SystemExit(not passed)
 

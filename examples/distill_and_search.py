@@ -19,7 +19,9 @@ from hf_hybrid.tasks import LabelWordTask
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": "Name or path of the teacher."})
-    dataset: str | None = field(default=None, metadata={"help": "Name of a dataset with text, label and three splits."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "Name of a dataset with text, label and three splits."}
+    )
     train_file: str | None = field(default=None, metadata={"help": "JSON lines."})
     validation_file: str | None = field(default=None, metadata={"help": "JSON lines."})
     test_file: str | None = field(default=None, metadata={"help": "JSON lines."})
@@ -48,7 +50,9 @@ def main():
         train_dataset=data["train"],
         eval_dataset=task.dataset(list(selection)),
         processing_class=tokenizer,
-        callbacks=[GreedyLayerSwapCallback("accuracy", script.max_drop, confirmation_dataset=task.dataset(list(confirmation)))],
+        callbacks=[
+            GreedyLayerSwapCallback("accuracy", script.max_drop, confirmation_dataset=task.dataset(list(confirmation)))
+        ],
         **task.trainer_kwargs(),
     )
     trainer.train()
@@ -58,7 +62,9 @@ def main():
     teacher = trainer.evaluate(test)["eval_accuracy"]
     trainer.swap_layers(chosen)
     trainer.save_model()
-    print(f"{len(chosen)} linear layers, test accuracy {hybrid:.3f} (teacher {teacher:.3f}); saved to {training.output_dir}")
+    print(
+        f"{len(chosen)} linear layers, test accuracy {hybrid:.3f} (teacher {teacher:.3f}); saved to {training.output_dir}"
+    )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def hybrid_attention_forward(
     and this is the one place that converts.
     """
     if not module.hybrid_swapped:
-        host = ALL_ATTENTION_FUNCTIONS.get_interface(module._hybrid_host_config._attn_implementation, _eager_function(module))
+        host = ALL_ATTENTION_FUNCTIONS.get_interface(
+            module._hybrid_host_config._attn_implementation, _eager_function(module)
+        )
         return host(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             **({} if is_causal is None else {"is_causal": is_causal}), **kwargs,
@@ -103,7 +105,14 @@ def hybrid_attention_forward(
 
     hidden_states = context["hidden_states"]
     output, state = module.hybrid(
-        query, key, value, hidden_states, valid=valid, segments=segments, state=state, output_final_state=layer is not None
+        query,
+        key,
+        value,
+        hidden_states,
+        valid=valid,
+        segments=segments,
+        state=state,
+        output_final_state=layer is not None,
     )
     if layer is not None:
 

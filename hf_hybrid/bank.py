@@ -3,14 +3,15 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .configuration_hybrid import SCHEMA_VERSION, hybrid_section, package_version, read_hybrid_section
-from .distillation import DistillModelMixin, prepare_distillation_
+from .configuration_hybrid import hybrid_section, read_hybrid_section
+from .distillation import DistillModelMixin, DistillSite, discard_students_, prepare_distillation_
 from .errors import AlreadyHybridError, CheckpointError
 from .mixers import MixerConfig
 from .modeling_hybrid import describe
@@ -26,11 +27,13 @@ def student_state(model: DistillModelMixin) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def base_fingerprint(model: PreTrainedModel) -> dict[str, float]:
-    """Mean magnitude of the frozen weights of each site's teacher: tells whether a bank was distilled from these weights."""
+def base_fingerprint(model: PreTrainedModel, sites: Iterable[str]) -> dict[str, float]:
+    """Mean magnitude of the full-attention weights at each site: tells whether a bank was distilled from these weights."""
     prints = {}
-    for name, site in model.distill_sites.items():
-        weights = [p.detach().float().abs().mean() for p in site.teacher.parameters() if p.ndim > 1]
+    for name in sites:
+        attention = model.get_submodule(name)
+        attention = attention.teacher if isinstance(attention, DistillSite) else attention
+        weights = [p.detach().float().abs().mean() for p in attention.parameters() if p.ndim > 1]
         prints[name] = round(torch.stack(weights).mean().item(), 8) if weights else 0.0
     return prints
 
@@ -43,19 +46,23 @@ def save_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike) -> None:
         AlreadyHybridError: If the model has no students.
     """
     if not isinstance(model, DistillModelMixin):
-        raise AlreadyHybridError(f"{describe(model)} has no students to save: a mixer bank is written between distillation and finalize.")
+        raise AlreadyHybridError(
+            f"{describe(model)} has no students to save: a mixer bank is written between distillation and finalize."
+        )
     sites = {name: (site.site, site.mixer_config.to_dict()) for name, site in model.distill_sites.items()}
     description = {
         **hybrid_section(sites, model.config.name_or_path or None, getattr(model.config, "_commit_hash", None)),
         "base_model_type": model.config.model_type,
-        "base_fingerprint": base_fingerprint(model),
+        "base_fingerprint": base_fingerprint(model, sites),
         "projections": model.distill_projections,
         "rank": model.distill_rank,
     }
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         weights, config = os.path.join(temporary, WEIGHTS_FILE), os.path.join(temporary, CONFIG_FILE)
-        save_file({k: v.contiguous().cpu() for k, v in student_state(model).items()}, weights, metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous().cpu() for k, v in student_state(model).items()}, weights, metadata={"format": "pt"}
+        )
         with open(config, "w", encoding="utf-8") as file:
             json.dump(description, file, indent=2)
         os.replace(weights, os.path.join(folder, WEIGHTS_FILE))
@@ -97,19 +104,23 @@ def load_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike, **hub_kwa
     if len(mixers) != 1:
         raise CheckpointError(f"The mixer bank {folder} must hold one mixer for all its sites; got {len(mixers)}.")
     config = MixerConfig.from_dict(next(iter(sites.values()))[1])
-    prepare_distillation_(
-        model, config, list(sites), projections=description["projections"], rank=description["rank"]
-    )
-    ours, theirs = base_fingerprint(model), description["base_fingerprint"]
-    other = [n for n in sites if abs(ours[n] - theirs.get(n, -1.0)) > FINGERPRINT_TOLERANCE * abs(ours[n])]
-    other += [name for name, (site, _) in sites.items() if site != model.distill_sites[name].site]
+    theirs = description["base_fingerprint"]
+    try:
+        ours = base_fingerprint(model, sites)
+    except AttributeError:
+        ours = {}
+    other = [n for n in sites if n not in ours or not abs(ours[n] - theirs[n]) <= FINGERPRINT_TOLERANCE * abs(ours[n])]
     if other:
         raise CheckpointError(
             f"The mixer bank {folder} was distilled from {base!r} by hf_hybrid {description['hf_hybrid_version']}; the weights of "
-            f"{describe(model)} at {other[0]!r} are others. Load the base model it was distilled from (this is {package_version()}, schema "
-            f"{SCHEMA_VERSION})."
+            f"{describe(model)} at {other[0]!r} are others. Load the base model it was distilled from."
         )
-    load_student_state(model, tensors, str(folder))
+    prepare_distillation_(model, config, list(sites), projections=description["projections"], rank=description["rank"])
+    try:
+        load_student_state(model, tensors, str(folder))
+    except CheckpointError:
+        discard_students_(model)
+        raise
     return model
 
 
@@ -118,7 +129,9 @@ def load_student_state(model: DistillModelMixin, tensors: dict[str, torch.Tensor
     own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)
     if wrong:
-        raise CheckpointError(f"{where} does not fit the students: {len(wrong)} tensors differ, the first {wrong[0]!r}. It was edited.")
+        raise CheckpointError(
+            f"{where} does not fit the students: {len(wrong)} tensors differ, the first {wrong[0]!r}. It was edited."
+        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(tensors[name])

@@ -80,7 +80,11 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
             self.number_of_states = len(state)
             for per_state in (self.recurrent_states, self.conv_states, self.conv_kernel_size):
                 per_state.update(dict.fromkeys(range(len(state))))
-            for per_state in (self.is_recurrent_states_initialized, self.is_conv_states_initialized, self.has_previous_state):
+            for per_state in (
+                self.is_recurrent_states_initialized,
+                self.is_conv_states_initialized,
+                self.has_previous_state,
+            ):
                 per_state.update(dict.fromkeys(range(len(state)), False))
         for i, x in enumerate(state):
             if torch.is_grad_enabled() and x.requires_grad:  # copying in place would overwrite what autograd saved
@@ -102,10 +106,14 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove > 0:
-            raise RuntimeError("Linear-attention layers can only be cropped by a negative number: the tokens to remove.")
+            raise RuntimeError(
+                "Linear-attention layers can only be cropped by a negative number: the tokens to remove."
+            )
         left = -tokens_to_remove
         if left and not self.record_past:
-            raise RuntimeError("`crop` needs the past states: call `activate_past_recording` before the tokens to remove.")
+            raise RuntimeError(
+                "`crop` needs the past states: call `activate_past_recording` before the tokens to remove."
+            )
         while left:
             before, replay, size = self._calls.pop()
             kept = max(size - left, 0)

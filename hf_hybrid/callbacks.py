@@ -18,6 +18,7 @@ from .selection import TRACE_FILE, SwapReport, SwapTrace, Trial, allowed_drop, c
 
 logger = logging.get_logger(__name__)
 
+
 class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
     """
     When training ends, replaces layers one by one, always the one that costs the validation metric least, until the metric would fall
@@ -74,20 +75,36 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         self._trainer = weakref.ref(trainer)
 
     def state(self) -> dict:
-        names = ("metric", "max_drop", "greater_is_better", "floor", "max_layers", "keep", "reuse_activations", "max_reuse_bytes")
-        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}  # data is never part of a checkpoint
+        names = (
+            "metric",
+            "max_drop",
+            "greater_is_better",
+            "floor",
+            "max_layers",
+            "keep",
+            "reuse_activations",
+            "max_reuse_bytes",
+        )
+        return {
+            "args": {name: getattr(self, name) for name in names},
+            "attributes": {},
+        }  # data is never part of a checkpoint
 
     def on_train_end(self, args, state, control, **kwargs):
         trainer = self._trainer() if self._trainer else None
         if trainer is None:
-            raise HybridConfigError("GreedyLayerSwapCallback needs a HybridTrainer; a plain Trainer has no students to swap.")
+            raise HybridConfigError(
+                "GreedyLayerSwapCallback needs a HybridTrainer; a plain Trainer has no students to swap."
+            )
         trainer.save_mixer_bank()  # a kill during the search must not cost the students
         self.search(trainer)
 
     def search(self, trainer) -> SwapReport:
         """Search now, with the students as they are; `trainer.train` is not needed for this."""
         if trainer.eval_dataset is None:
-            raise MetricError(f"GreedyLayerSwapCallback watches {self.metric!r} on eval_dataset, which is missing. Pass it to HybridTrainer.")
+            raise MetricError(
+                f"GreedyLayerSwapCallback watches {self.metric!r} on eval_dataset, which is missing. Pass it to HybridTrainer."
+            )
         metric = self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
         model = trainer.accelerator.unwrap_model(trainer.model)
         sites = list(model.distill_sites)
@@ -105,7 +122,11 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             write=trainer.is_world_process_zero(),
         )
         score = _Scorer(trainer, sites, self.reuse_activations, self.max_reuse_bytes)
-        bar = tqdm(desc="greedy search", unit="trial", disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero())
+        bar = tqdm(
+            desc="greedy search",
+            unit="trial",
+            disable=trainer.args.disable_tqdm or not trainer.is_world_process_zero(),
+        )
 
         def on_trial(trial: Trial, left: int):
             bar.total = bar.n + 1 + left
@@ -114,7 +135,9 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
 
         def on_commit(trial: Trial):
             score.committed = list(trial.swapped)
-            bar.write(f"swapped {len(trial.swapped):2d}/{len(sites)}: {trial.candidate}  {metric} {trial.metrics[metric]:.4g}")
+            bar.write(
+                f"swapped {len(trial.swapped):2d}/{len(sites)}: {trial.candidate}  {metric} {trial.metrics[metric]:.4g}"
+            )
 
         try:
             report = greedy_swap(
@@ -176,7 +199,9 @@ class _Scorer:
             with self.reuse.recording():
                 self._last = self.trainer.evaluate_silently()
             if not self.reuse.verify():
-                logger.info("Activations cannot be reused between trials of this model: every trial runs the whole model.")
+                logger.info(
+                    "Activations cannot be reused between trials of this model: every trial runs the whole model."
+                )
         self._recorded = list(self.committed)
 
 

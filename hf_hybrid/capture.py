@@ -33,7 +33,7 @@ class PrefixReuse:
         self.enabled = all(self.block_of.values())
 
     def position(self, site: str) -> int:
-        return self.blocks.index(self.model.get_submodule(self.block_of[site]))
+        return self.blocks.index(self.model.get_submodule(str(self.block_of[site])))
 
     @contextlib.contextmanager
     def recording(self):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
 from .bank import load_mixer_bank
@@ -47,8 +47,12 @@ class MixerArguments:
     """Which mixer, with which settings."""
 
     mixer: str = field(default="linear_attention", metadata={"help": "A registered mixer."})
-    window_size: int | None = field(default=None, metadata={"help": "Tokens attended exactly; the mixer's default if not given."})
-    num_sink_tokens: int | None = field(default=None, metadata={"help": "First tokens attended for ever; the mixer's default if not given."})
+    window_size: int | None = field(
+        default=None, metadata={"help": "Tokens attended exactly; the mixer's default if not given."}
+    )
+    num_sink_tokens: int | None = field(
+        default=None, metadata={"help": "First tokens attended for ever; the mixer's default if not given."}
+    )
     feature_map: str | None = field(default=None, metadata={"help": "Feature map; the mixer's default if not given."})
 
     def config(self) -> MixerConfig:
@@ -72,8 +76,12 @@ class TaskArguments:
     eval_split: str = field(default="validation", metadata={"help": "Split of a dataset from the Hub."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     label_column: str = field(default="label", metadata={"help": "Column with the class index."})
-    prompt: str | None = field(default=None, metadata={"help": "Prompt with {text}, ending where the label word follows."})
-    label_words: str | None = field(default=None, metadata={"help": "Comma-separated words of label 0, 1, …, with leading spaces."})
+    prompt: str | None = field(
+        default=None, metadata={"help": "Prompt with {text}, ending where the label word follows."}
+    )
+    label_words: str | None = field(
+        default=None, metadata={"help": "Comma-separated words of label 0, 1, …, with leading spaces."}
+    )
     max_examples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
     eval_length: int = field(default=1024, metadata={"help": "Tokens per sequence when measuring text."})
 
@@ -100,9 +108,13 @@ class SearchArguments:
 
     mixer_bank: str = field(metadata={"help": "Folder or Hub repository that `hf-hybrid distill` wrote."})
     metric: str = field(default="loss", metadata={"help": "loss, or accuracy with --prompt and --label_words."})
-    max_drop: str = field(default="2%", metadata={"help": 'Allowed loss of the metric: absolute, or relative as "2%%".'})
+    max_drop: str = field(
+        default="2%", metadata={"help": 'Allowed loss of the metric: absolute, or relative as "2%%".'}
+    )
     max_layers: int | None = field(default=None, metadata={"help": "Stop after this many swaps."})
-    keep: str = field(default="most_linear", metadata={"help": "Which result to save.", "choices": ["most_linear", "best"]})
+    keep: str = field(
+        default="most_linear", metadata={"help": "Which result to save.", "choices": ["most_linear", "best"]}
+    )
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted search in output_dir."})
 
 
@@ -119,7 +131,9 @@ class ConvertArguments:
 class BenchmarkArguments:
     """What to time."""
 
-    teacher: str | None = field(default=None, metadata={"help": "Model to compare with; by default the hybrid's base model."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Model to compare with; by default the hybrid's base model."}
+    )
     lengths: str = field(default="1024,4096", metadata={"help": "Comma-separated context lengths, in tokens."})
     decode_tokens: int = field(default=8, metadata={"help": "Tokens decoded per round."})
     rounds: int = field(default=3, metadata={"help": "Side-by-side rounds; medians are reported."})
@@ -146,10 +160,14 @@ def distill(args: HybridTrainingArguments, model: ModelArguments, mixer: MixerAr
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_mixer_bank()
     worst = max(trainer.last_block_losses.items(), key=lambda item: item[1], default=("none", float("nan")))
-    console.print(f"Distilled {len(trainer._sites())} layers into {args.output_dir}; largest local loss {worst[1]:.3f} ({worst[0]}).")
+    console.print(
+        f"Distilled {len(trainer.distill_sites)} layers into {args.output_dir}; largest local loss {worst[1]:.3f} ({worst[0]})."
+    )
 
 
-def search(args: HybridTrainingArguments, model: ModelArguments, task: TaskArguments, options: SearchArguments) -> None:
+def search(
+    args: HybridTrainingArguments, model: ModelArguments, task: TaskArguments, options: SearchArguments
+) -> None:
     """Swap layers greedily on your data, with the students of a bank, and save the hybrid to output_dir."""
     tokenizer = model.tokenizer()
     labels = task.task(tokenizer)
@@ -159,13 +177,15 @@ def search(args: HybridTrainingArguments, model: ModelArguments, task: TaskArgum
         **({} if labels is None else labels.trainer_kwargs()),
     )  # fmt: skip
     if not options.resume:
-        trainer._check_output_folder()
-    callback = GreedyLayerSwapCallback(options.metric, options.max_drop, max_layers=options.max_layers, keep=options.keep)
+        trainer.check_output_folder()
+    callback = GreedyLayerSwapCallback(
+        options.metric, options.max_drop, max_layers=options.max_layers, keep=options.keep
+    )
     report = callback.search(trainer)
     trainer.save_model()
     trainer.create_model_card()
     console.print(
-        f"Swapped {len(trainer.swapped_layers())} of {len(trainer._sites())} layers, {report.metric} {report.base:.4g} -> "
+        f"Swapped {len(trainer.swapped_layers())} of {len(trainer.distill_sites)} layers, {report.metric} {report.base:.4g} -> "
         f"{(report.commits[-1].metrics[report.metric] if report.commits else report.base):.4g} (floor {report.floor:.4g}, {len(report.trials)} "
         f"trials); saved to {args.output_dir}."
     )
@@ -207,26 +227,40 @@ def evaluate(model: ModelArguments, task: TaskArguments) -> None:
             logits = loaded(**{k: v.to(loaded.device) if torch.is_tensor(v) else v for k, v in batch.items()}).logits
         correct += int((labels.label_logits(logits).argmax(-1).cpu() == targets).sum())
     low, high = accuracy_interval(correct, len(examples))
-    console.print(f"accuracy {correct / len(examples):.4f} (95 % interval {low:.4f} - {high:.4f}) on {len(examples)} examples of {task.eval_dataset}")
+    console.print(
+        f"accuracy {correct / len(examples):.4f} (95 % interval {low:.4f} - {high:.4f}) on {len(examples)} examples of {task.eval_dataset}"
+    )
 
 
 def benchmark(model: ModelArguments, options: BenchmarkArguments) -> None:
     """Prefill and decode time and cache bytes of a hybrid beside its teacher's."""
     hybrid = model.load()
     if not isinstance(hybrid, HybridModelMixin):
-        raise HybridConfigError(f"{model.model} is not a hybrid checkpoint; nothing to compare. Make one with `hf-hybrid convert` or `search`.")
+        raise HybridConfigError(
+            f"{model.model} is not a hybrid checkpoint; nothing to compare. Make one with `hf-hybrid convert` or `search`."
+        )
     name = options.teacher or hybrid.config.hybrid["base_model"]["name_or_path"]
     if not name:
         raise HybridConfigError("The checkpoint does not name its base model. Pass --teacher.")
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=hybrid.dtype).eval()
-    table = Table("tokens", "what", "teacher", "hybrid", "ratio", title=f"{model.model} beside {name}", title_justify="left")
+    table = Table(
+        "tokens", "what", "teacher", "hybrid", "ratio", title=f"{model.model} beside {name}", title_justify="left"
+    )
     for length in parse_layers(options.lengths):
         speed = compare_speed({"teacher": teacher, "hybrid": hybrid}, length, options.decode_tokens, options.rounds)
         for what in ("prefill", "decode"):
             ours, theirs = getattr(speed["hybrid"], what), getattr(speed["teacher"], what)
-            table.add_row(f"{length:,}", what, f"{theirs.seconds * 1e3:,.1f} ms", f"{ours.seconds * 1e3:,.1f} ms", f"{ours.ratio:.2f}x")
+            table.add_row(
+                f"{length:,}",
+                what,
+                f"{theirs.seconds * 1e3:,.1f} ms",
+                f"{ours.seconds * 1e3:,.1f} ms",
+                f"{ours.ratio:.2f}x",
+            )
         ours, theirs = speed["hybrid"].cache_bytes, speed["teacher"].cache_bytes
-        table.add_row(f"{length:,}", "cache", f"{theirs / 2**20:.2f} MiB", f"{ours / 2**20:.2f} MiB", f"{theirs / ours:.2f}x")
+        table.add_row(
+            f"{length:,}", "cache", f"{theirs / 2**20:.2f} MiB", f"{ours / 2**20:.2f} MiB", f"{theirs / ours:.2f}x"
+        )
     console.print(table)
 
 
@@ -237,7 +271,9 @@ def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
     sites = find_attention_sites(loaded)
     modules = dict(loaded.named_modules())
     linear = loaded.config.hybrid_sites() if isinstance(loaded, HybridModelMixin) else {}
-    table = Table("#", "site", "now", "heads", "kv heads", "head size", "causal", f"{config.name} state", "KV cache at 32k")
+    table = Table(
+        "#", "site", "now", "heads", "kv heads", "head size", "causal", f"{config.name} state", "KV cache at 32k"
+    )
     for index, site in enumerate(sites):
         bytes_per_token = site.num_key_value_heads * (site.head_dim + site.value_dim) * loaded.dtype.itemsize
         state = new_mixer(config, site, modules[site.name]).state_bytes(dtype=loaded.dtype) if site.causal else None
@@ -248,8 +284,12 @@ def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
         )  # fmt: skip
     console.print(table)
     with torch.no_grad():
-        cache = loaded(input_ids=torch.zeros(1, 2, dtype=torch.long, device=loaded.device), use_cache=True).past_key_values
-    console.print(f"{len(linear)} of {len(sites)} layers of {model.model} are linear; cache after 2 tokens: {cache_bytes(cache):,} bytes.")
+        cache = loaded(
+            input_ids=torch.zeros(1, 2, dtype=torch.long, device=loaded.device), use_cache=True
+        ).past_key_values
+    console.print(
+        f"{len(linear)} of {len(sites)} layers of {model.model} are linear; cache after 2 tokens: {cache_bytes(cache):,} bytes."
+    )
 
 
 def demo(options) -> None:
@@ -291,7 +331,10 @@ def main(arguments: list[str] | None = None) -> int:
         with fast_fp32_matmul():
             function(*options)
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk, run again with --resume (or --resume_from_checkpoint) to continue", file=sys.stderr)
+        print(
+            "interrupted; what was finished is on disk, run again with --resume (or --resume_from_checkpoint) to continue",
+            file=sys.stderr,
+        )
         return 130
     except (HybridError, OSError, ValueError) as error:
         print(f"hf-hybrid {arguments[0]}: {error}", file=sys.stderr)

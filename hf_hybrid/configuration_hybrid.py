@@ -73,7 +73,9 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, tuple[AttentionS
         CheckpointError: If the entry is not an object, has another schema version, or a site lacks or has extra entries.
     """
     if not isinstance(section, dict) or "schema_version" not in section:
-        raise CheckpointError(f"{where}: `hybrid` must be an object with a schema_version; got {section!r}. The file was edited.")
+        raise CheckpointError(
+            f"{where}: `hybrid` must be an object with a schema_version; got {section!r}. The file was edited."
+        )
     if section["schema_version"] != SCHEMA_VERSION:
         raise CheckpointError(
             f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION}; got {section['schema_version']!r}, written by hf_hybrid "
@@ -84,7 +86,9 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, tuple[AttentionS
     for name, entry in section.get("sites", {}).items():
         if not isinstance(entry, dict) or set(entry) != expected:
             difference = sorted(expected ^ set(entry)) if isinstance(entry, dict) else entry
-            raise CheckpointError(f"{where}: `hybrid.sites[{name!r}]` has missing or unknown entries: {difference}. The file was edited.")
+            raise CheckpointError(
+                f"{where}: `hybrid.sites[{name!r}]` has missing or unknown entries: {difference}. The file was edited."
+            )
         entry = dict(entry)
         sites[name] = (AttentionSite(name=name, **{k: v for k, v in entry.items() if k != "mixer"}), entry["mixer"])
     return sites
@@ -137,7 +141,11 @@ class HybridConfigMixin:
 
     def hybrid_sites(self) -> dict[str, tuple[AttentionSite, dict]]:
         """`{name: (site, mixer settings)}` of the linear layers; empty before conversion."""
-        return read_hybrid_section(self.hybrid, f"config of {self.name_or_path or type(self).__name__}") if self.hybrid else {}
+        return (
+            read_hybrid_section(self.hybrid, f"config of {self.name_or_path or type(self).__name__}")
+            if self.hybrid
+            else {}
+        )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -183,7 +191,9 @@ def hybrid_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     if issubclass(base, HybridConfigMixin):
         return base
     if base not in _CONFIG_CLASSES:
-        from . import dynamic  # the module these classes are found in again by pickle; it imports nothing from here at import
+        from . import (
+            dynamic,  # the module these classes are found in again by pickle; it imports nothing from here at import
+        )
 
         name = "Hybrid" + base.__name__
         namespace = {

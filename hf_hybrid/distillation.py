@@ -110,7 +110,9 @@ class DistillModelMixin:
         if not self.training:
             return task_forward(*args, **kwargs)
         mask = kwargs.get("attention_mask")
-        record = _LossRecord(mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None, self.recompute_students)
+        record = _LossRecord(
+            mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None, self.recompute_students
+        )
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False
         if "logits_to_keep" in self._forward_parameters:
@@ -199,7 +201,9 @@ def prepare_distillation_(
     for site in chosen:
         teacher = modules[site.name]
         student = _new_student(teacher, projections, rank)
-        mixer_module = new_mixer(config, site, teacher).float()  # fp32 master weights: bf16 would swallow small updates
+        mixer_module = new_mixer(
+            config, site, teacher
+        ).float()  # fp32 master weights: bf16 would swallow small updates
         convert_attention_(student, mixer_module)
         built[site.name] = DistillSite(teacher, student, site, config)
     warn_of_losses({site.name: lost for site, lost in probed if site in chosen})
@@ -207,13 +211,16 @@ def prepare_distillation_(
         parameter.requires_grad_(False)
     for name, site in built.items():
         for parameter_name, parameter in site.student.named_parameters():
-            trains = projections == "full" or parameter_name.startswith("hybrid.") or ".parametrizations." in parameter_name
+            trains = (
+                projections == "full" or parameter_name.startswith("hybrid.") or ".parametrizations." in parameter_name
+            )
             parameter.requires_grad_(trains and not parameter_name.endswith(".original"))
         model.set_submodule(name, site)
     model.__class__ = _distill_class(type(model))
     model.distill_sites = built
     # FSDP2: each student must be a unit of its own, since no gradient ever reaches the layer around it
     students = {type(site.student).__name__ for site in built.values()}
+    model._undistilled_no_split_modules = model._no_split_modules
     model._no_split_modules = sorted(students | set(model._no_split_modules or ()))
     model.distill_projections, model.distill_rank = projections, rank
     return model
@@ -270,6 +277,22 @@ def _exported(site: DistillSite) -> nn.Module:
     return student
 
 
+def discard_students_(model) -> None:
+    """Undo [`prepare_distillation_`], in place: the model is the teacher again, all of it trainable."""
+    for name, site in model.distill_sites.items():
+        model.set_submodule(name, site.teacher)
+    model.__class__ = type(model).__mro__[2]
+    _forget_distillation_(model)
+
+
+def _forget_distillation_(model):
+    model._no_split_modules = model._undistilled_no_split_modules
+    for attribute in ("distill_sites", "distill_projections", "distill_rank", "_undistilled_no_split_modules"):
+        delattr(model, attribute)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
 def swap_layers_(model, names) -> None:
     """Make exactly the sites in `names` run through their students."""
     names = set(names)
@@ -304,10 +327,7 @@ def as_hybrid(model):
 def finalize_(model):
     """Drop the inactive branch of every site, in place: swapped layers keep their student, the others their teacher. All trainable."""
     _leave_distillation_(model)
-    for attribute in ("distill_sites", "distill_projections", "distill_rank"):
-        delattr(model, attribute)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    _forget_distillation_(model)
     return model
 
 

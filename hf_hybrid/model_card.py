@@ -49,7 +49,7 @@ def write_model_card(
         }
         for name, (site, settings) in sites.items()
     ]
-    auto = next((name for name in getattr(config, "auto_map", None) or {} if name not in ("AutoConfig", "AutoModel")), "AutoModel")
+    auto = next((name for name in model.hybrid_auto_map() if name not in ("AutoConfig", "AutoModel")), "AutoModel")
     name = os.path.basename(os.path.abspath(folder))
     source = (resources.files("hf_hybrid") / TEMPLATE).read_text(encoding="utf-8")
     text = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(source).render(

@@ -12,6 +12,7 @@ import warnings
 
 import torch
 import transformers
+from huggingface_hub import file_exists
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -47,6 +48,7 @@ from .configuration_hybrid import (
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
 from .mixers import LinearMixer, MixerConfig, build_mixer, resolve_mixer_config
+from .model_card import CARD_FILE, write_model_card
 from .probe import probe_attention
 
 
@@ -56,7 +58,9 @@ SHIM_FILE = "modeling_hf_hybrid.py"
 AUTO_CLASSES = [
     cls
     for cls in vars(modeling_auto).values()
-    if isinstance(cls, type) and issubclass(cls, _BaseAutoModelClass) and getattr(cls, "_model_mapping", None) is not None
+    if isinstance(cls, type)
+    and issubclass(cls, _BaseAutoModelClass)
+    and getattr(cls, "_model_mapping", None) is not None
 ]
 PREPROCESSOR_MAPPINGS = [
     tokenization_auto.TOKENIZER_MAPPING,
@@ -239,13 +243,21 @@ class HybridModelMixin:
             convert_attention_(module, mixer)
         self._hybrid_built = True
 
+    def hybrid_auto_map(self) -> dict[str, str]:
+        """The `auto_map` entry of this model's checkpoints: which class of the shim each Auto class loads."""
+        return auto_map(type(self), type(self.config))
+
     def initialize_weights(self):
         # transformers initialises each inner model by that model's own rules, which know nothing of our parameters: ours come first
         for module in self.modules():
             if isinstance(module, LinearMixer) and not getattr(module, "_is_hf_initialized", False):
                 if any(parameter.device.type == "meta" for parameter in module.parameters()):
                     continue
-                loaded = {n: p.detach().clone() for n, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+                loaded = {
+                    n: p.detach().clone()
+                    for n, p in module.named_parameters()
+                    if getattr(p, "_is_hf_initialized", False)
+                }
                 module.init_weights()
                 with torch.no_grad():
                     for name, value in loaded.items():  # a parameter that came from the checkpoint stays
@@ -270,7 +282,9 @@ class HybridModelMixin:
         given = kwargs.get("config")
         own_config = given is None or getattr(given, "name_or_path", None) == str(pretrained_model_name_or_path)
         prefix = cls.base_model_prefix + "."
-        required = [k for k in info["missing_keys"] if ".hybrid." in k or k.startswith(prefix) or cls.base_model_prefix == ""]
+        required = [
+            k for k in info["missing_keys"] if ".hybrid." in k or k.startswith(prefix) or cls.base_model_prefix == ""
+        ]
         problems = {
             "missing": sorted(required) if own_config else [],
             "unexpected": sorted(k for k in info["unexpected_keys"] if ".hybrid." in k),
@@ -286,12 +300,10 @@ class HybridModelMixin:
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         """As in transformers; also writes the remote-code shim and a model card, and leaves no half-written checkpoint behind."""
-        from .model_card import write_model_card
-
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         os.makedirs(save_directory, exist_ok=True)
-        self.config.auto_map = auto_map(type(self), type(self.config))
+        self.config.auto_map = self.hybrid_auto_map()
         if push_to_hub:  # compares the folder before and after: must write into the folder itself
             _write_shim(save_directory, type(self))
             write_model_card(self, save_directory)
@@ -309,10 +321,6 @@ class HybridModelMixin:
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         # transformers has put its generic card there; ours says more, but a card that is on the Hub already is somebody's own
-        from huggingface_hub import file_exists
-
-        from .model_card import CARD_FILE, write_model_card
-
         if not file_exists(repo_id, CARD_FILE, token=kwargs.get("token")):
             write_model_card(self, working_dir, repo_id=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
@@ -362,7 +370,9 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
         return base
     if (base, config_class) not in _MODEL_CLASSES:
         name = "Hybrid" + base.__name__
-        if hasattr(dynamic, "__dict__") and name in vars(dynamic):  # one modeling class can serve several config classes
+        if hasattr(dynamic, "__dict__") and name in vars(
+            dynamic
+        ):  # one modeling class can serve several config classes
             name = config_class.__name__.removesuffix("Config") + base.__name__
 
         @functools.wraps(base.__init__)
@@ -379,7 +389,9 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
         cls = type(base)(name, (HybridModelMixin, base), namespace)
         _MODEL_CLASSES[base, config_class] = cls
         setattr(dynamic, name, cls)
-        conversion = get_checkpoint_conversion_mapping(base.__name__)  # rules keyed by class name; those by model_type are found anyway
+        conversion = get_checkpoint_conversion_mapping(
+            base.__name__
+        )  # rules keyed by class name; those by model_type are found anyway
         if conversion is not None:
             register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     return _MODEL_CLASSES[base, config_class]
@@ -412,7 +424,10 @@ def register_family(config_class: type[PreTrainedConfig]) -> None:
     for auto in AUTO_CLASSES:
         if base in auto._model_mapping:
             known = auto._model_mapping[base]
-            classes = tuple(hybrid_model_class(cls, config_class) for cls in (known if isinstance(known, (tuple, list)) else (known,)))
+            classes = tuple(
+                hybrid_model_class(cls, config_class)
+                for cls in (known if isinstance(known, (tuple, list)) else (known,))
+            )
             # exist_ok: without it, registering against a config that is native to transformers is silently ignored
             auto.register(config_class, classes if isinstance(known, (tuple, list)) else classes[0], exist_ok=True)
     for mapping in PREPROCESSOR_MAPPINGS:

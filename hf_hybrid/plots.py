@@ -26,7 +26,9 @@ def plot_trade_off(report: SwapReport, path: str | os.PathLike) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
     rounds = [trial.round for trial in report.trials if trial.round]
     values = [trial.metrics[report.metric] for trial in report.trials if trial.round]
-    axes.scatter(rounds, values, s=8, color=GRID_COLOUR, edgecolor="#B8C0CC", linewidth=0.4, label="every trial", zorder=1)
+    axes.scatter(
+        rounds, values, s=8, color=GRID_COLOUR, edgecolor="#B8C0CC", linewidth=0.4, label="every trial", zorder=1
+    )
     x = [0] + [trial.round for trial in report.commits]
     y = [report.base] + [trial.metrics[report.metric] for trial in report.commits]
     axes.plot(x, y, marker="o", color=LINEAR_COLOUR, label="best of its round, committed", zorder=3)
@@ -47,7 +49,9 @@ def plot_layer_map(sites: list[str], swapped: list[str], path: str | os.PathLike
         linear = site in swapped
         axes.add_patch(pyplot.Rectangle((index, 0), 0.92, 1, color=LINEAR_COLOUR if linear else TEACHER_COLOUR))
         if linear:
-            axes.text(index + 0.46, 0.5, str(swapped.index(site) + 1), ha="center", va="center", color="white", fontsize=7)
+            axes.text(
+                index + 0.46, 0.5, str(swapped.index(site) + 1), ha="center", va="center", color="white", fontsize=7
+            )
         axes.text(index + 0.46, -0.25, str(index), ha="center", va="center", fontsize=6)
     axes.set_xlim(0, len(sites))
     axes.set_ylim(-0.4, 1)

@@ -72,7 +72,9 @@ AttentionMaskInterface.register(PROBE, eager_mask)  # always an explicit mask: c
 @contextlib.contextmanager
 def _recording(model: nn.Module):
     """Every attention of `model` records instead of computing; everything is put back, whatever happens inside."""
-    configs = {id(config): config for config in (getattr(m, "config", None) for m in model.modules()) if config is not None}
+    configs = {
+        id(config): config for config in (getattr(m, "config", None) for m in model.modules()) if config is not None
+    }
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     training = {module: module.training for module in model.modules()}
 
@@ -98,7 +100,9 @@ def _recording(model: nn.Module):
             module.__dict__.pop("_hybrid_probe_input", None)
 
 
-def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) -> list[tuple[AttentionSite, tuple[str, ...]]]:
+def probe_attention(
+    model: PreTrainedModel, example_inputs: dict | None = None
+) -> list[tuple[AttentionSite, tuple[str, ...]]]:
     """
     Every attention site of `model` in the order of execution, with what a linear layer there would lose.
 

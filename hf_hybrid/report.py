@@ -3,6 +3,7 @@
 Times are only ever reported side by side: both models are run in turn, round by round, and ratios are medians of per-round ratios.
 """
 
+import functools
 import math
 import statistics
 import time
@@ -116,9 +117,10 @@ def compare_speed(
 
     for model in models.values():
         model.eval()
-    prefills = compare_times({name: lambda name=name: prefill(name) for name in models}, rounds)
+    prefills = compare_times({name: functools.partial(prefill, name) for name in models}, rounds)
     sizes = {name: cache_bytes(caches[name]) for name in models}
-    decodes = compare_times({name: lambda name=name: decode(name) for name in models}, rounds)
+    decodes = compare_times({name: functools.partial(decode, name) for name in models}, rounds)
     return {
-        name: Speed(prefills[name], Timing(decodes[name].seconds / decode_tokens, decodes[name].ratio), sizes[name]) for name in models
+        name: Speed(prefills[name], Timing(decodes[name].seconds / decode_tokens, decodes[name].ratio), sizes[name])
+        for name in models
     }

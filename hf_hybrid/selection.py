@@ -140,7 +140,11 @@ def allowed_drop(max_drop: float | str) -> tuple[float, bool]:
     """`0.02` -> (0.02, absolute), `"2%"` -> (0.02, relative to the starting metric)."""
     relative = isinstance(max_drop, str) and max_drop.strip().endswith("%")
     try:
-        value = float(max_drop.strip().removesuffix("%")) / (100 if relative else 1) if isinstance(max_drop, str) else float(max_drop)
+        value = (
+            float(max_drop.strip().removesuffix("%")) / (100 if relative else 1)
+            if isinstance(max_drop, str)
+            else float(max_drop)
+        )
     except (TypeError, ValueError, AttributeError):
         value = math.nan
     if not value >= 0 or math.isinf(value):
@@ -242,7 +246,9 @@ def greedy_swap(
         fresh = metrics is None
         if fresh:
             metrics = score(swapped)
-        trial = Trial(round_, list(swapped), candidate, {k: v for k, v in metrics.items() if isinstance(v, (int, float))})
+        trial = Trial(
+            round_, list(swapped), candidate, {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+        )
         where = f"search, round {round_}, trial of {candidate}" if candidate else "search, before the first swap"
         read_metric(metrics, metric, where)
         if tie_breaker in metrics:

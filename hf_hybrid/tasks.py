@@ -28,20 +28,26 @@ class LabelWordTask:
         if tokenizer is None:
             raise DatasetError("LabelWordTask needs a tokenizer; got None.")
         if tokenizer.pad_token_id is None:
-            raise DatasetError("LabelWordTask needs a padding token, the tokenizer has none. Set tokenizer.pad_token = tokenizer.eos_token.")
+            raise DatasetError(
+                "LabelWordTask needs a padding token, the tokenizer has none. Set tokenizer.pad_token = tokenizer.eos_token."
+            )
         if "{text}" not in prompt:
             raise HybridConfigError(f"prompt must contain {{text}}; got {prompt!r}.")
         self.tokenizer, self.prompt = tokenizer, prompt
         self.label_ids = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in label_words]
         if len(set(self.label_ids)) < max(2, len(label_words)):
-            raise HybridConfigError(f"label_words must be at least two words that begin with different tokens; got {label_words!r}.")
+            raise HybridConfigError(
+                f"label_words must be at least two words that begin with different tokens; got {label_words!r}."
+            )
 
     def dataset(self, rows: list[dict]) -> Dataset:
         """Tokenised prompts of `{"text", "label"}` rows, shortest first so that batches hold little padding."""
         if not rows:
             raise DatasetError("LabelWordTask: the dataset must not be empty; got 0 rows.")
         ids = self.tokenizer([self.prompt.format(text=row["text"]) for row in rows])["input_ids"]
-        examples = sorted(zip(ids, (int(row["label"]) for row in rows), strict=True), key=lambda example: len(example[0]))
+        examples = sorted(
+            zip(ids, (int(row["label"]) for row in rows), strict=True), key=lambda example: len(example[0])
+        )
         return Dataset.from_dict({"input_ids": [i for i, _ in examples], "labels": [label for _, label in examples]})
 
     def collate(self, examples: list[dict]) -> dict:

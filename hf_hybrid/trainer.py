@@ -17,7 +17,15 @@ from transformers.utils import logging
 
 from .bank import WEIGHTS_FILE as BANK_WEIGHTS_FILE
 from .bank import load_mixer_bank, load_student_state, save_mixer_bank, student_state
-from .distillation import DistillModelMixin, as_hybrid, finalize_, prepare_distillation_, swap_layers_, swapped_layers
+from .distillation import (
+    DistillModelMixin,
+    DistillSite,
+    as_hybrid,
+    finalize_,
+    prepare_distillation_,
+    swap_layers_,
+    swapped_layers,
+)
 from .errors import CheckpointError, DatasetError, HybridConfigError, MetricError, OutputFolderError
 from .mixers import MixerConfig
 from .model_card import write_model_card
@@ -79,7 +87,9 @@ class HybridTrainer(Trainer):
             model = _load_teacher(model, args.model_init_kwargs or {})
         if mixer_bank is not None:
             if mixer is not None:
-                raise HybridConfigError("HybridTrainer: give either mixer or mixer_bank (which names its mixer); got both.")
+                raise HybridConfigError(
+                    "HybridTrainer: give either mixer or mixer_bank (which names its mixer); got both."
+                )
             load_mixer_bank(model, mixer_bank)
         elif not isinstance(model, DistillModelMixin):
             prepare_distillation_(
@@ -113,10 +123,12 @@ class HybridTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Distil, then (with a [`GreedyLayerSwapCallback`]) swap. `resume_from_checkpoint=True` continues either after an interruption."""
         if self.train_dataset is None:
-            raise DatasetError("HybridTrainer.train: train_dataset is missing. Pass the text to distil on; the task's labels are not needed.")
+            raise DatasetError(
+                "HybridTrainer.train: train_dataset is missing. Pass the text to distil on; the task's labels are not needed."
+            )
         self._check_students_are_there()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            name = next(iter(self._sites().values())).mixer_config.name
+            name = next(iter(self.distill_sites.values())).mixer_config.name
             raise HybridConfigError(
                 f"HybridTrainer.train: {name} has nothing to train with projections={self.args.projections!r}. Search right away with "
                 "GreedyLayerSwapCallback(…).search(trainer), or train its projections."
@@ -125,14 +137,17 @@ class HybridTrainer(Trainer):
             # None: killed before the first checkpoint was complete; start over in the same folder
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
         elif not resume_from_checkpoint:
-            self._check_output_folder()
+            self.check_output_folder()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_students_are_there(self):
         if not isinstance(self.accelerator.unwrap_model(self.model), DistillModelMixin):
-            raise HybridConfigError("HybridTrainer.train: the model was finalized; there are no students left to train. Make a new HybridTrainer.")
+            raise HybridConfigError(
+                "HybridTrainer.train: the model was finalized; there are no students left to train. Make a new HybridTrainer."
+            )
 
-    def _check_output_folder(self):
+    def check_output_folder(self) -> None:
+        """Raise [`OutputFolderError`] if `args.output_dir` holds a run or a model already."""
         folder = self.args.output_dir
         names = os.listdir(folder) if os.path.isdir(folder) else []
         ours = [
@@ -152,7 +167,7 @@ class HybridTrainer(Trainer):
         outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
         losses = outputs["block_losses"]
         if not bool(torch.isfinite(losses).all()):
-            bad = [name for name, loss in zip(self._sites(), losses.tolist(), strict=True) if not _finite(loss)]
+            bad = [name for name, loss in zip(self.distill_sites, losses.tolist(), strict=True) if not _finite(loss)]
             raise MetricError(
                 f"step {self.state.global_step}: the local loss of {bad[0]} must be finite; {len(bad)} of {len(losses)} sites are not. Lower "
                 f"learning_rate={self.args.learning_rate}, or look for NaN in the teacher's activations."
@@ -168,18 +183,20 @@ class HybridTrainer(Trainer):
                 means = self.accelerator.reduce(means, "mean")
             logs["block_loss_mean"] = round(means.mean().item(), 6)
             logs["block_loss_max"] = round(means.max().item(), 6)
-            self.last_block_losses = dict(zip(self._sites(), means.tolist(), strict=True))
+            self.last_block_losses = dict(zip(self.distill_sites, means.tolist(), strict=True))
             self._block_losses, self._num_block_losses = None, 0
         super().log(logs, start_time)
 
-    def _sites(self) -> dict:
+    @property
+    def distill_sites(self) -> dict[str, DistillSite]:
+        """The containers of teacher and student by site name, in the model's order."""
         return self.accelerator.unwrap_model(self.model).distill_sites
 
     # --------------------------------------------------------------------------------------------------------- search
 
     def swap_layers(self, layers) -> None:
         """Make exactly these layers (site names, or indices among the distilled sites) linear; the others keep their softmax."""
-        names = list(self._sites())
+        names = list(self.distill_sites)
         wanted = [names[layer] if isinstance(layer, int) else layer for layer in layers]
         unknown = [name for name in wanted if name not in names]
         if unknown:
@@ -245,8 +262,16 @@ class HybridTrainer(Trainer):
                 return super()._save(output_dir, None)
         # a training checkpoint: what trains, and which layers are swapped
         os.makedirs(output_dir, exist_ok=True)
-        tensors = student_state(model) if state_dict is None else {k: v for k, v in state_dict.items() if k in student_state(model)}
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, os.path.join(output_dir, STUDENTS_FILE), metadata={"format": "pt"})
+        tensors = (
+            student_state(model)
+            if state_dict is None
+            else {k: v for k, v in state_dict.items() if k in student_state(model)}
+        )
+        save_file(
+            {k: v.contiguous().cpu() for k, v in tensors.items()},
+            os.path.join(output_dir, STUDENTS_FILE),
+            metadata={"format": "pt"},
+        )
         with open(os.path.join(output_dir, SWAPS_FILE), "w", encoding="utf-8") as file:
             json.dump(swapped_layers(model), file)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
@@ -283,7 +308,11 @@ def last_complete_checkpoint(folder: str) -> str | None:
     if not os.path.isdir(folder):
         return None
     prefix = PREFIX_CHECKPOINT_DIR + "-"
-    steps = [int(name.removeprefix(prefix)) for name in os.listdir(folder) if name.removeprefix(prefix).isdigit() and name.startswith(prefix)]
+    steps = [
+        int(name.removeprefix(prefix))
+        for name in os.listdir(folder)
+        if name.removeprefix(prefix).isdigit() and name.startswith(prefix)
+    ]
     for step in sorted(steps, reverse=True):
         path = os.path.join(folder, f"{prefix}{step}")
         try:
@@ -297,7 +326,9 @@ def last_complete_checkpoint(folder: str) -> str | None:
 
 
 def _load_teacher(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder")})
+    config = AutoConfig.from_pretrained(
+        name, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder")}
+    )
     architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
     return architecture.from_pretrained(name, **init_kwargs)
 
@@ -307,15 +338,29 @@ def _prepare_dataset(dataset, name: str, processing_class, args: HybridTrainingA
     if dataset is None or not hasattr(dataset, "__len__"):
         return dataset
     if isinstance(dataset, dict):
-        return {key: _prepare_dataset(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()}
+        return {
+            key: _prepare_dataset(part, f"{name}[{key!r}]", processing_class, args) for key, part in dataset.items()
+        }
     if len(dataset) == 0:
         raise DatasetError(f"{name} must not be empty; got 0 rows.")
-    columns = dataset.column_names if isinstance(dataset, Dataset) else list(dataset[0]) if isinstance(dataset[0], dict) else []
+    columns = (
+        dataset.column_names
+        if isinstance(dataset, Dataset)
+        else list(dataset[0])
+        if isinstance(dataset[0], dict)
+        else []
+    )
     if args.dataset_text_field not in columns or "input_ids" in columns:
         return dataset
     if processing_class is None:
-        raise DatasetError(f"{name} has a {args.dataset_text_field!r} column but no tokenizer was given. Pass processing_class=tokenizer.")
-    texts = dataset[args.dataset_text_field] if isinstance(dataset, Dataset) else [row[args.dataset_text_field] for row in dataset]
+        raise DatasetError(
+            f"{name} has a {args.dataset_text_field!r} column but no tokenizer was given. Pass processing_class=tokenizer."
+        )
+    texts = (
+        dataset[args.dataset_text_field]
+        if isinstance(dataset, Dataset)
+        else [row[args.dataset_text_field] for row in dataset]
+    )
     return pack_text(texts, processing_class, args.max_length, name)
 
 
@@ -334,7 +379,9 @@ def pack_text(texts, tokenizer: PreTrainedTokenizerBase, max_length: int, name: 
             stream.append(tokenizer.eos_token_id)
     count = len(stream) // max_length
     if count == 0:
-        raise DatasetError(f"{name} must hold at least max_length={max_length} tokens; got {len(stream)}. Add text, or lower max_length.")
+        raise DatasetError(
+            f"{name} must hold at least max_length={max_length} tokens; got {len(stream)}. Add text, or lower max_length."
+        )
     return Dataset.from_dict({"input_ids": [stream[i * max_length : (i + 1) * max_length] for i in range(count)]})
 
 

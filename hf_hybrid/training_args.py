@@ -48,13 +48,17 @@ class HybridTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Arguments of `from_pretrained`, when the model is given as a name or path."}
     )
     layers: str | None = field(
-        default=None, metadata={"help": "Attention sites to distil, as comma-separated indices or names; all by default."}
+        default=None,
+        metadata={"help": "Attention sites to distil, as comma-separated indices or names; all by default."},
     )
     projections: str = field(
-        default="shared", metadata={"help": "What trains beside the mixers.", "choices": ["shared", "low_rank", "full"]}
+        default="shared",
+        metadata={"help": "What trains beside the mixers.", "choices": ["shared", "low_rank", "full"]},
     )
     projection_rank: int = field(default=8, metadata={"help": "Rank of the low-rank differences."})
-    dataset_text_field: str = field(default="text", metadata={"help": "Column of text of a dataset without `input_ids`."})
+    dataset_text_field: str = field(
+        default="text", metadata={"help": "Column of text of a dataset without `input_ids`."}
+    )
     max_length: int = field(default=1024, metadata={"help": "Tokens per packed training sequence."})
 
     learning_rate: float = field(default=1e-2, metadata={"help": "The initial learning rate for AdamW."})
@@ -62,7 +66,9 @@ class HybridTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=3, metadata={"help": "Linear warmup over warmup_steps (a ratio if below 1)."})
     weight_decay: float = field(default=0.0, metadata={"help": "Weight decay for AdamW."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 for AdamW."})
-    activation_checkpointing: bool | None = field(default=True, metadata={"help": "Recompute each student in backward."})
+    activation_checkpointing: bool | None = field(
+        default=True, metadata={"help": "Recompute each student in backward."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every X updates steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Skip NaN and infinite losses in logs."})
 

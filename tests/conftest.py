@@ -3,7 +3,9 @@
 import os
 
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything from the ecosystem is imported: a test never looks a name up
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # before anything from the ecosystem is imported: a test never looks a name up
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

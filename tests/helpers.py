@@ -39,7 +39,9 @@ def toy_arguments(folder, **overrides) -> HybridTrainingArguments:
     return HybridTrainingArguments(str(folder), **{**settings, **overrides})
 
 
-def toy_trainer(folder, family: str = "llama", mixer=SMALL_MIXER, callbacks=(), arguments=None, **overrides) -> HybridTrainer:
+def toy_trainer(
+    folder, family: str = "llama", mixer=SMALL_MIXER, callbacks=(), arguments=None, **overrides
+) -> HybridTrainer:
     """A HybridTrainer over a toy host and random tokens."""
     kwargs = {"train_dataset": token_dataset(32), "eval_dataset": token_dataset(8, seed=2), **overrides}
     model = kwargs.pop("model", None) or tiny_model(family)

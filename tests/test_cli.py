@@ -26,7 +26,19 @@ def run(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
-QUICK = ["--max_steps", 2, "--per_device_train_batch_size", 2, "--max_length", 24, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+QUICK = [
+    "--max_steps",
+    2,
+    "--per_device_train_batch_size",
+    2,
+    "--max_length",
+    24,
+    "--report_to",
+    "none",
+    "--use_cpu",
+    "--disable_tqdm",
+    "true",
+]
 
 
 def test_distill_search_evaluate_benchmark(teacher, capsys):
@@ -34,7 +46,20 @@ def test_distill_search_evaluate_benchmark(teacher, capsys):
     model = teacher / "teacher"
     assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
     assert "Distilled 3 layers" in capsys.readouterr().out
-    search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, "--eval_length", 24, "--output_dir", out, "--max_drop", "50%"]
+    search = [
+        "search",
+        model,
+        "--mixer_bank",
+        bank,
+        "--eval_dataset",
+        rows,
+        "--eval_length",
+        24,
+        "--output_dir",
+        out,
+        "--max_drop",
+        "50%",
+    ]
     assert run(*search, "--report_to", "none", "--use_cpu", "--disable_tqdm", "true") == 0
     assert "Swapped 3 of 3 layers, eval_loss" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(out)
@@ -57,10 +82,34 @@ def test_distill_search_evaluate_benchmark(teacher, capsys):
 
 def test_search_on_label_words(teacher, capsys):
     bank, rows = teacher / "bank", teacher / "rows.jsonl"
-    assert run("distill", teacher / "teacher", "--dataset", rows, "--output_dir", bank, "--mixer", "sliding_window", *QUICK) == 1
+    assert (
+        run(
+            "distill",
+            teacher / "teacher",
+            "--dataset",
+            rows,
+            "--output_dir",
+            bank,
+            "--mixer",
+            "sliding_window",
+            *QUICK,
+        )
+        == 1
+    )
     assert "sliding_window has nothing to train" in capsys.readouterr().err
     assert run("distill", teacher / "teacher", "--dataset", rows, "--output_dir", bank, *QUICK) == 0
-    arguments = ["--prompt", "{text} w1", "--label_words", "good,bad", "--metric", "accuracy", "--max_drop", "0.5", "--max_layers", 1]
+    arguments = [
+        "--prompt",
+        "{text} w1",
+        "--label_words",
+        "good,bad",
+        "--metric",
+        "accuracy",
+        "--max_drop",
+        "0.5",
+        "--max_layers",
+        1,
+    ]
     more = ["--report_to", "none", "--use_cpu", "--disable_tqdm", "true", "--output_dir", teacher / "out"]
     assert run("search", teacher / "teacher", "--mixer_bank", bank, "--eval_dataset", rows, *arguments, *more) == 0
     assert "Swapped 1 of 3 layers, eval_accuracy" in capsys.readouterr().out
@@ -68,7 +117,21 @@ def test_search_on_label_words(teacher, capsys):
 
 def test_convert_and_inspect(teacher, capsys):
     out = teacher / "windowed"
-    assert run("convert", teacher / "teacher", "--mixer", "sliding_window", "--window_size", 8, "--layers", "0,-1", "--output_dir", out) == 0
+    assert (
+        run(
+            "convert",
+            teacher / "teacher",
+            "--mixer",
+            "sliding_window",
+            "--window_size",
+            8,
+            "--layers",
+            "0,-1",
+            "--output_dir",
+            out,
+        )
+        == 0
+    )
     loaded = AutoModelForCausalLM.from_pretrained(out)
     sites = loaded.config.hybrid_sites()
     assert list(sites) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
@@ -86,12 +149,39 @@ def test_convert_and_inspect(teacher, capsys):
 def test_errors_are_one_line_and_a_status(teacher, capsys):
     model = teacher / "teacher"
     for arguments, message in [
-        (["convert", model, "--mixer", "slding_window", "--output_dir", teacher / "x"], "Did you mean 'sliding_window'"),
+        (
+            ["convert", model, "--mixer", "slding_window", "--output_dir", teacher / "x"],
+            "Did you mean 'sliding_window'",
+        ),
         (["convert", model, "--layers", "7", "--output_dir", teacher / "x"], "index must be in 0..2"),
         (["evaluate", model, "--eval_dataset", "nowhere.jsonl"], "The file 'nowhere.jsonl' does not exist"),
         (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "x {text}"], "belong together"),
-        (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "x", "--label_words", "good,bad"], "must contain {text}"),
-        (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "{text}", "--label_words", "good,good"], "different tokens"),
+        (
+            [
+                "evaluate",
+                model,
+                "--eval_dataset",
+                teacher / "rows.jsonl",
+                "--prompt",
+                "x",
+                "--label_words",
+                "good,bad",
+            ],
+            "must contain {text}",
+        ),
+        (
+            [
+                "evaluate",
+                model,
+                "--eval_dataset",
+                teacher / "rows.jsonl",
+                "--prompt",
+                "{text}",
+                "--label_words",
+                "good,good",
+            ],
+            "different tokens",
+        ),
         (["benchmark", model], "is not a hybrid checkpoint"),
         (["inspect", teacher / "nothing"], "nothing"),
     ]:

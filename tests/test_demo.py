@@ -43,7 +43,16 @@ def test_quick_demo(assets, tmp_path):
     # two late layers after a dozen thousand tokens: close to the teacher or something is wrong
     assert most_linear["perplexity"] < 1.1 * teacher["perplexity"]
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert {"config.json", "model.safetensors", "swap_trace.jsonl", "trade_off.png", "layer_map.png", "README.md", "demo.json", "tokenizer.json"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "swap_trace.jsonl",
+        "trade_off.png",
+        "layer_map.png",
+        "README.md",
+        "demo.json",
+        "tokenizer.json",
+    } <= names
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["trials"] == result["trials"]
     assert "## Measured" in (tmp_path / "demo" / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "demo")

@@ -40,7 +40,9 @@ def test_quickstart(names):
 
 def test_readme_example(names):
     (example,) = python_blocks("README.md")
-    example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", names["teacher"]).replace("max_steps=1000", "max_steps=2, max_length=24")
+    example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", names["teacher"]).replace(
+        "max_steps=1000", "max_steps=2, max_length=24"
+    )
     assert len([line for line in example.splitlines() if line.strip()]) <= 15
     tokenizer = AutoTokenizer.from_pretrained(names["teacher"])
     from datasets import Dataset
@@ -49,7 +51,9 @@ def test_readme_example(names):
         text=Dataset.from_dict({"text": names["texts"]}),
         validation=Dataset.from_dict({"input_ids": names["ids"], "labels": names["ids"]}),
         tokenizer=tokenizer,
-        accuracy=lambda prediction: {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())},
+        accuracy=lambda prediction: {
+            "accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())
+        },
     )
     exec(compile(example, "README", "exec"), names)
     with torch.no_grad():

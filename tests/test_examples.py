@@ -21,7 +21,9 @@ def test_distill_and_search(tmp_path, tokenizer):
     rows = [tokenizer.convert_ids_to_tokens(ids) for ids in token_dataset(60)["input_ids"]]
     lines = [json.dumps({"text": " ".join(row), "label": index % 2}) for index, row in enumerate(rows)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    files = [part for split in ("train", "validation", "test") for part in (f"--{split}_file", str(tmp_path / "rows.jsonl"))]
+    files = [
+        part for split in ("train", "validation", "test") for part in (f"--{split}_file", str(tmp_path / "rows.jsonl"))
+    ]
     command = [
         sys.executable, str(EXAMPLES / "distill_and_search.py"), "--model", str(tmp_path / "teacher"), *files, "--prompt", "{text} w1",
         "--label_words", "bad,good", "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--max_length", "24", "--report_to", "none",

@@ -1,6 +1,7 @@
 """Measurements, the task, pictures and the card."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,14 +83,18 @@ def test_label_words(tokenizer):
 def test_pictures_and_card(tmp_path):
     sites = ["a", "b", "c"]
     report = greedy_swap(
-        sites, lambda swapped: {"eval_accuracy": 0.9 - 0.01 * len(swapped)}, metric="eval_accuracy", greater_is_better=True, max_drop=0.02
+        sites,
+        lambda swapped: {"eval_accuracy": 0.9 - 0.01 * len(swapped)},
+        metric="eval_accuracy",
+        greater_is_better=True,
+        max_drop=0.02,
     )
     plot_trade_off(report, tmp_path / "trade_off.png")
     plot_layer_map(sites, report.most_linear, tmp_path / "layer_map.png")
     for name in ("trade_off.png", "layer_map.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 2000
     model = convert_to_hybrid(tiny_model(), SMALL_MIXER, [1])
-    text = open(write_model_card(model, tmp_path, report, repo_id="me/toy", extra="## More\n\nwords")).read()
-    assert "1 of its 3 attention layers" in text and "| `model.layers.1.self_attn` | linear_attention | 4 |" in text
+    text = Path(write_model_card(model, tmp_path, report, repo_id="me/toy", extra="## More\n\nwords")).read_text()
+    assert "1 of its 3 attention layers" in text and "| `model.layers.1.self_attn` | `linear_attention` | 4 |" in text
     assert "0.9 before any swap, floor 0.88" in text and "## More" in text and 'from_pretrained("me/toy")' in text
     assert text.startswith("---\nlibrary_name: transformers")

@@ -50,7 +50,11 @@ def test_every_round_scores_again():
 
 def test_losses_go_the_other_way():
     report = greedy_swap(
-        SITES, lambda swapped: {"eval_loss": 2 + sum(COST[s] for s in swapped)}, metric="eval_loss", greater_is_better=False, max_drop="3%"
+        SITES,
+        lambda swapped: {"eval_loss": 2 + sum(COST[s] for s in swapped)},
+        metric="eval_loss",
+        greater_is_better=False,
+        max_drop="3%",
     )
     assert report.floor == pytest.approx(2.06) and report.most_linear == ["b", "c"]
 
@@ -70,7 +74,9 @@ def test_a_metric_on_the_floor_is_allowed():
     assert search(max_layers=1).most_linear == ["b"]
 
 
-@pytest.mark.parametrize(("given", "expected"), [(0.02, (0.02, False)), ("2%", (0.02, True)), (" 0.5 ", (0.5, False)), (0, (0.0, False))])
+@pytest.mark.parametrize(
+    ("given", "expected"), [(0.02, (0.02, False)), ("2%", (0.02, True)), (" 0.5 ", (0.5, False)), (0, (0.0, False))]
+)
 def test_allowed_drop(given, expected):
     assert allowed_drop(given) == pytest.approx(expected)
 
@@ -82,7 +88,10 @@ def test_a_senseless_drop_is_refused(given):
 
 
 def test_a_missing_metric_names_the_closest():
-    with pytest.raises(MetricError, match=r"before the first swap: the metric 'eval_accurracy' is not among .* Did you mean 'eval_accuracy'\?"):
+    with pytest.raises(
+        MetricError,
+        match=r"before the first swap: the metric 'eval_accurracy' is not among .* Did you mean 'eval_accuracy'\?",
+    ):
         search(metric="eval_accurracy")
 
 
@@ -117,7 +126,9 @@ def test_a_killed_search_continues_where_it_was(tmp_path):
     with open(path, "a") as file:
         file.write('{"type": "trial", "swapped": ["b", "c"')  # a line cut off by the kill
     report = search(counting(None), trace=SwapTrace(path, {"run": 1}))
-    assert report.most_linear == whole.most_linear and [t.swapped for t in report.trials] == [t.swapped for t in whole.trials]
+    assert report.most_linear == whole.most_linear and [t.swapped for t in report.trials] == [
+        t.swapped for t in whole.trials
+    ]
     assert len(calls) == len({tuple(call) for call in calls}) == len(whole.trials)  # nothing was scored twice
     rows = [json.loads(line) for line in path.read_text().splitlines()]  # every line is whole
     assert [row["type"] for row in rows].count("commit") >= 3

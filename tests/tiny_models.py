@@ -43,7 +43,9 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed" not in name and "wte" not in name:
-                parameter.mul_(4.0)  # at their own scale, random attention scores are near zero and every mixer looks exact
+                parameter.mul_(
+                    4.0
+                )  # at their own scale, random attention scores are near zero and every mixer looks exact
     return model
 
 

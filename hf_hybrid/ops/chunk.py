@@ -71,9 +71,7 @@ def chunk_sliding_window(
     return tuple(torch.cat(parts, dim=1) for parts in zip(*outputs, strict=True))
 
 
-def _window_block(
-    query, key, value, valid, sink_key, sink_value, sink_position, window_size, scale, chunk_size
-):
+def _window_block(query, key, value, valid, sink_key, sink_value, sink_position, window_size, scale, chunk_size):
     length, num_heads = query.shape[1:3]
     num_kv_heads = key.shape[2]
     groups, num_chunks = num_heads // num_kv_heads, -(-length // chunk_size)
@@ -88,9 +86,13 @@ def _window_block(
     in_reach = _reach(F.pad(valid, (lead, tail))[..., None, None], back, chunk_size).squeeze(-1)  # [B, 1, N, R]
 
     token = torch.arange(chunk_size, device=query.device)
-    offset = torch.arange((back + 1) * chunk_size, device=query.device) - back * chunk_size  # of each key, from the chunk's start
+    offset = (
+        torch.arange((back + 1) * chunk_size, device=query.device) - back * chunk_size
+    )  # of each key, from the chunk's start
     band = (offset <= token[:, None]) & (offset > token[:, None] - window_size)  # [C, R]
-    mask = (in_reach[:, :, :, None, None] & band).expand(-1, -1, -1, groups, -1, -1).flatten(3, 4)  # [B, 1, N, G * C, R]
+    mask = (
+        (in_reach[:, :, :, None, None] & band).expand(-1, -1, -1, groups, -1, -1).flatten(3, 4)
+    )  # [B, 1, N, G * C, R]
     scores = torch.matmul(rows, keys.transpose(-1, -2)).masked_fill(~mask, float("-inf"))
 
     flat = rows.flatten(2, 3)  # [B, H_kv, N * G * C, K]

@@ -92,7 +92,11 @@ def test_long_sequences_cross_blocks_of_chunks(name, use_naive):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_bf16_is_within_twice_the_naive_forms_own_error(name, use_naive):
-    tensors, exact_mixer, mixer = inputs(300, dtype=torch.float64), new_mixer(name, torch.float64), new_mixer(name, torch.bfloat16)
+    tensors, exact_mixer, mixer = (
+        inputs(300, dtype=torch.float64),
+        new_mixer(name, torch.float64),
+        new_mixer(name, torch.bfloat16),
+    )
     low = [x.bfloat16() for x in tensors]
     use_chunk = mixer(*low)[0].double()
     use_naive()
@@ -132,7 +136,9 @@ def test_later_tokens_and_length_change_nothing(name):
             x[:, 70:] = 5.0
         assert torch.equal(mixer(*changed)[0][:, :70], whole[:, :70])  # bit-identical
         for length in (1, 30, 64, 65, 129):
-            assert_close(f"T={length}", mixer(query[:, :length], key[:, :length], value[:, :length])[0], whole[:, :length], 2e-6)
+            assert_close(
+                f"T={length}", mixer(query[:, :length], key[:, :length], value[:, :length])[0], whole[:, :length], 2e-6
+            )
 
 
 # a window counts positions, padding included: padding inside a sequence is well-defined there, but not the same as none
@@ -148,7 +154,13 @@ def test_padding_changes_nothing_forward_and_gradient(name, side, batch):
 
     def pad(x):
         junk = torch.full_like(x[:, :1], 1e3)
-        parts = [junk.expand(-1, before, -1, -1), x[:, :10], junk.expand(-1, inside, -1, -1), x[:, 10:], junk.expand(-1, after, -1, -1)]
+        parts = [
+            junk.expand(-1, before, -1, -1),
+            x[:, :10],
+            junk.expand(-1, inside, -1, -1),
+            x[:, 10:],
+            junk.expand(-1, after, -1, -1),
+        ]
         return torch.cat(parts, dim=1)
 
     flags = torch.cat([torch.ones(batch, 20, dtype=torch.bool)[..., None, None]], dim=1).float()
@@ -171,7 +183,10 @@ def test_packed_sequences_do_not_see_each_other(name):
     mixer, (query, key, value) = new_mixer(name), inputs(50, batch=1)
     segments = torch.tensor([[0] * 13 + [1] * 1 + [2] * 36])
     packed, state = mixer(query, key, value, segments=segments, output_final_state=True)
-    alone = [mixer(query[:, a:b], key[:, a:b], value[:, a:b], output_final_state=True) for a, b in ((0, 13), (13, 14), (14, 50))]
+    alone = [
+        mixer(query[:, a:b], key[:, a:b], value[:, a:b], output_final_state=True)
+        for a, b in ((0, 13), (13, 14), (14, 50))
+    ]
     assert_close("output", packed, torch.cat([output for output, _ in alone], dim=1), 2e-6)
     step = [x[:, :1] for x in (query, key, value)]
     assert_close("next token", mixer(*step, state=state)[0], mixer(*step, state=alone[-1][1])[0], 2e-6)
@@ -181,7 +196,12 @@ def test_packed_sequences_do_not_see_each_other(name):
 @pytest.mark.parametrize("case", ["zero", "huge", "constant", "all padded"])
 def test_extreme_inputs_stay_finite(name, case):
     mixer, tensors = new_mixer(name), inputs(80)
-    make = {"zero": torch.zeros_like, "huge": lambda x: 1e4 * x, "constant": torch.ones_like, "all padded": lambda x: x}[case]
+    make = {
+        "zero": torch.zeros_like,
+        "huge": lambda x: 1e4 * x,
+        "constant": torch.ones_like,
+        "all padded": lambda x: x,
+    }[case]
     leaves = [make(x.detach()).requires_grad_() for x in tensors]
     valid = torch.zeros(2, 80, dtype=torch.bool) if case == "all padded" else None
     output = mixer(*leaves, valid=valid)[0]

@@ -19,7 +19,10 @@ def features(length):
 def test_the_default_on_cpu_is_torch(length):
     tensors = features(length)
     expected = naive.naive_linear_attention(*tensors, output_final_state=True)
-    for actual in (dispatch.linear_attention(*tensors, output_final_state=True), chunk.chunk_linear_attention(*tensors, output_final_state=True)):
+    for actual in (
+        dispatch.linear_attention(*tensors, output_final_state=True),
+        chunk.chunk_linear_attention(*tensors, output_final_state=True),
+    ):
         assert_close("output", actual[0], expected[0], 2e-6)
         assert_close("state", actual[1], expected[1], 2e-6)
     if length == 1:
@@ -46,7 +49,9 @@ def environment(monkeypatch):
 
 def test_the_environment_variable_is_checked(environment):
     environment("torh")
-    with pytest.raises(HybridConfigError, match=r"HF_HYBRID_OPS must be one of torch, fla; got 'torh'. Did you mean 'torch'\?"):
+    with pytest.raises(
+        HybridConfigError, match=r"HF_HYBRID_OPS must be one of torch, fla; got 'torh'. Did you mean 'torch'\?"
+    ):
         dispatch.linear_attention(*features(3))
     environment("torch")
     dispatch.linear_attention(*features(3))
