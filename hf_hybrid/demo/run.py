@@ -114,65 +114,23 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
         console.rule("teacher and data")
         folder = teacher_folder()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        splits = split_reviews(sizes, options.seed)
         task = LabelWordTask(tokenizer, PROMPT, LABEL_WORDS)
-        console.print(
-            "snippets: " + ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()) + " (disjoint)"
-        )
+        splits = split_reviews(sizes, options.seed)
+        counts = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items())
+        console.print(f"snippets: {counts} (disjoint)")
+        trainer = _make_trainer(options, sizes, folder, task, splits)
 
-        callback = GreedyLayerSwapCallback(
-            "accuracy",
-            options.max_drop,
-            max_layers=sizes.max_layers,
-            confirmation_dataset=task.dataset(splits["confirmation"]),
-        )
-        trainer = HybridTrainer(
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-            MIXER,
-            HybridTrainingArguments(
-                options.output_dir,
-                layers=None if sizes.layers is None else ",".join(map(str, sizes.layers)),
-                max_steps=sizes.max_steps,
-                per_device_train_batch_size=4,
-                per_device_eval_batch_size=32,
-                logging_steps=min(4, sizes.max_steps),
-                save_steps=max(sizes.max_steps // 2, 1),
-                save_total_limit=1,
-                seed=options.seed,
-                report_to=[],
-                use_cpu=not torch.cuda.is_available(),
-            ),
-            train_dataset=distillation_text(splits, tokenizer, sizes, options.seed),
-            eval_dataset=task.dataset(splits["selection"]),
-            processing_class=tokenizer,
-            callbacks=[callback],
-            **task.trainer_kwargs(),
-        )
         console.rule("distil, then replace")
         trainer.train(resume_from_checkpoint=options.resume)
         report = trainer.swap_report
+        chosen = report.confirmed  # in the order of replacement
 
         console.rule("measure")
-        chosen = report.confirmed  # in the order of replacement
-        sequences = torch.tensor(
-            [ids[:1024] for ids in tokenizer(prose("test")[: sizes.perplexity_rows])["input_ids"] if len(ids) >= 1024]
-        )
+        texts = tokenizer(prose("test")[: sizes.perplexity_rows])["input_ids"]
+        sequences = torch.tensor([ids[:1024] for ids in texts if len(ids) >= 1024])
         test_rows = task.dataset(splits["test"])
-        rows = []
-        for name, swapped in (("teacher", []), ("hybrid, best", report.best), ("hybrid, most linear", chosen)):
-            trainer.swap_layers(swapped)
-            accuracy = trainer.evaluate_silently(test_rows)["eval_accuracy"]
-            rows.append(
-                {
-                    "model": name,
-                    "linear_layers": len(swapped),
-                    "layers": swapped,
-                    "validation_accuracy": _validation(report, swapped),
-                    "test_accuracy": accuracy,
-                    "test_interval": accuracy_interval(round(accuracy * len(test_rows)), len(test_rows)),
-                    "perplexity": perplexity(trainer.model, sequences),
-                }
-            )
+        mixtures = {"teacher": [], "hybrid, best": report.best, "hybrid, most linear": chosen}
+        rows = [_measure(trainer, name, swapped, test_rows, sequences) for name, swapped in mixtures.items()]
 
         console.rule("save, load back, time")
         trainer.save_model()
@@ -185,8 +143,6 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
         teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         speed = {length: compare_speed({"teacher": teacher, "hybrid": model}, length) for length in sizes.lengths}
 
-    plot_trade_off(report, os.path.join(options.output_dir, "trade_off.png"))
-    plot_layer_map(list(trainer.distill_sites), chosen, os.path.join(options.output_dir, "layer_map.png"))
     result = {
         "quick": options.quick,
         "rows": rows,
@@ -195,15 +151,69 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
         "tokens": sizes.max_steps * 4 * 1024,
         "sizes": asdict(sizes),
     }
-    table = result_table(result)
-    console.print(table)
-    with open(os.path.join(options.output_dir, "demo.json"), "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2)
-    write_model_card(model, options.output_dir, report=report, extra=_card_section(result))
-    console.print(
-        f"Saved to {options.output_dir}: checkpoint, swap_trace.jsonl, trade_off.png, layer_map.png, README.md (the model card)."
-    )
+    console.print(result_table(result))
+    _write(options.output_dir, result, report, list(trainer.distill_sites), chosen, model)
+    files = "checkpoint, swap_trace.jsonl, trade_off.png, layer_map.png, README.md (the model card)"
+    console.print(f"Saved to {options.output_dir}: {files}.")
     return result
+
+
+def _make_trainer(options: DemoArguments, sizes: DemoSizes, folder: str, task: LabelWordTask, splits) -> HybridTrainer:
+    search = GreedyLayerSwapCallback(
+        "accuracy",
+        options.max_drop,
+        max_layers=sizes.max_layers,
+        confirmation_dataset=task.dataset(splits["confirmation"]),
+    )
+    arguments = HybridTrainingArguments(
+        options.output_dir,
+        layers=None if sizes.layers is None else ",".join(map(str, sizes.layers)),
+        max_steps=sizes.max_steps,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=32,
+        logging_steps=min(4, sizes.max_steps),
+        save_steps=max(sizes.max_steps // 2, 1),
+        save_total_limit=1,
+        seed=options.seed,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+    )
+    return HybridTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        MIXER,
+        arguments,
+        train_dataset=distillation_text(splits, task.tokenizer, sizes, options.seed),
+        eval_dataset=task.dataset(splits["selection"]),
+        processing_class=task.tokenizer,
+        callbacks=[search],
+        **task.trainer_kwargs(),
+    )
+
+
+def _measure(trainer: HybridTrainer, name: str, swapped: list[str], test_rows: Dataset, sequences) -> dict:
+    """One column of the table: what the mixture with these linear layers keeps."""
+    trainer.swap_layers(swapped)
+    accuracy = trainer.evaluate_silently(test_rows)["eval_accuracy"]
+    return {
+        "model": name,
+        "linear_layers": len(swapped),
+        "layers": swapped,
+        "validation_accuracy": _validation(trainer.swap_report, swapped),
+        "test_accuracy": accuracy,
+        "test_interval": accuracy_interval(round(accuracy * len(test_rows)), len(test_rows)),
+        "perplexity": perplexity(trainer.model, sequences),
+    }
+
+
+def _write(folder: str, result: dict, report, sites: list[str], chosen: list[str], model) -> None:
+    """The pictures, the numbers and the model card."""
+    plot_trade_off(report, os.path.join(folder, "trade_off.png"))
+    plot_layer_map(sites, chosen, os.path.join(folder, "layer_map.png"))
+    temporary = os.path.join(folder, "demo.json.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=2)
+    os.replace(temporary, os.path.join(folder, "demo.json"))
+    write_model_card(model, folder, report=report, extra=_card_section(result))
 
 
 def _validation(report, swapped) -> float:

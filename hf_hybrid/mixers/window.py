@@ -46,7 +46,7 @@ def empty_window(key, value, window_size: int, num_sink_tokens: int) -> WindowSt
 
 def advance_window(key, value, valid, state: WindowState) -> tuple[WindowInputs, WindowState]:
     """Sort the new tokens into sinks and window. Returns the op's inputs and the state after the last token."""
-    length, window_size, num_sinks = key.shape[1], state.window_key.shape[1], state.sink_key.shape[1]
+    length, num_sinks = key.shape[1], state.sink_key.shape[1]
     rank = state.sink_count[:, None] + valid.cumsum(1) - 1  # of each valid token in its sequence, from 0
     is_sink = valid & (rank < num_sinks)
     slot = torch.arange(num_sinks, device=key.device)
@@ -74,5 +74,4 @@ def advance_window(key, value, valid, state: WindowState) -> tuple[WindowInputs,
         sink_value=inputs.sink_value,
         sink_count=(state.sink_count + valid.sum(1)).clamp_max(num_sinks),
     )
-    assert final.window_key.shape[1] == window_size
     return inputs, final
