@@ -36,7 +36,7 @@ def plot_trade_off(report: SwapReport, path: str | os.PathLike) -> None:
     axes.axhline(report.floor, color=TEACHER_COLOUR, linewidth=1, linestyle="--", label="floor")
     axes.set_xlabel("linear layers")
     axes.set_ylabel(report.metric.removeprefix("eval_") + ", selection split")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncol=4, loc="lower left", bbox_to_anchor=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, path, pyplot)
 
