@@ -96,6 +96,8 @@ class HybridTrainer(Trainer):
                 model, mixer or "linear_attention", args.selected_layers(),
                 projections=args.projections, rank=args.projection_rank,
             )  # fmt: skip
+        # the Trainer turns caching off in the config for as long as it trains; a checkpoint says what the teacher said
+        self._teacher_use_cache = getattr(model.config, "use_cache", None)
         train_dataset = _prepare_dataset(train_dataset, "train_dataset", processing_class, args)
         eval_dataset = _prepare_dataset(eval_dataset, "eval_dataset", processing_class, args)
         if data_collator is None:
@@ -197,7 +199,8 @@ class HybridTrainer(Trainer):
     def swap_layers(self, layers) -> None:
         """Make exactly these layers (site names, or indices among the distilled sites) linear; the others keep their softmax."""
         names = list(self.distill_sites)
-        wanted = [names[layer] if isinstance(layer, int) else layer for layer in layers]
+        in_range = range(-len(names), len(names))
+        wanted = [names[layer] if isinstance(layer, int) and layer in in_range else layer for layer in layers]
         unknown = [name for name in wanted if name not in names]
         if unknown:
             raise HybridConfigError(f"swap_layers: {unknown[0]!r} has no student. Sites: {names[0]} … {names[-1]}.")
@@ -243,8 +246,32 @@ class HybridTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, DistillModelMixin):
             finalize_(model)
+            self._restore_use_cache(model)
             model.eval()
         return model
+
+    @contextlib.contextmanager
+    def _published(self):
+        """For the duration of the block, the model is the hybrid as a checkpoint shows it."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, DistillModelMixin):
+            yield model
+            return
+        use_cache = getattr(model.config, "use_cache", None)
+        self._restore_use_cache(model)
+        try:
+            with as_hybrid(model):
+                yield model
+        finally:
+            if use_cache is not None:
+                model.config.use_cache = use_cache
+
+    def _restore_use_cache(self, model):
+        if self._teacher_use_cache is not None:
+            model.config.use_cache = self._teacher_use_cache
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Nothing to push: a checkpoint of a distillation holds students, not a model. `push_to_hub` publishes the hybrid at the end."""
 
     def _save_checkpoint(self, model, trial):
         self._saving_checkpoint = True
@@ -258,7 +285,7 @@ class HybridTrainer(Trainer):
         if not isinstance(model, DistillModelMixin):
             return super()._save(output_dir, state_dict)
         if not self._saving_checkpoint:  # save_model, push_to_hub: the hybrid as it stands
-            with as_hybrid(model):
+            with self._published():
                 return super()._save(output_dir, None)
         # a training checkpoint: what trains, and which layers are swapped
         os.makedirs(output_dir, exist_ok=True)
@@ -295,8 +322,7 @@ class HybridTrainer(Trainer):
     def create_model_card(self, *args, **kwargs):
         """Write `README.md`: the hybrid's own card, with the search's result. (Same arguments as the Trainer's; they are not needed.)"""
         if self.is_world_process_zero():
-            model = self.accelerator.unwrap_model(self.model)
-            with as_hybrid(model) if isinstance(model, DistillModelMixin) else contextlib.nullcontext():
+            with self._published() as model:
                 write_model_card(model, self.args.output_dir, report=self.swap_report)
 
 

@@ -199,6 +199,7 @@ def test_the_hybrid_is_saved_loaded_and_finalized(tmp_path):
     assert trainer.evaluate()["eval_loss"] == expected  # saving changed nothing
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.config.use_cache is True and trainer.model.config.use_cache is False  # off while training only
     ids = torch.tensor(trainer.eval_dataset["input_ids"])
     with torch.no_grad():
         assert loaded(ids, labels=ids).loss.item() == pytest.approx(expected, rel=1e-5)
@@ -259,7 +260,8 @@ def test_a_kill_while_saving_costs_one_checkpoint_only(tmp_path):
 
 
 SEARCH = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits SIGINT as ignored
     sys.path.insert(0, {tests!r})
     import conftest
     from helpers import toy_trainer
@@ -459,6 +461,8 @@ def test_wrong_arguments_are_refused(tmp_path):
     trainer = toy_trainer(tmp_path)
     with pytest.raises(HybridConfigError, match="swap_layers: 'x' has no student"):
         trainer.swap_layers(["x"])
+    with pytest.raises(HybridConfigError, match="swap_layers: 3 has no student"):
+        trainer.swap_layers([3])
 
 
 def test_a_metric_that_compute_metrics_does_not_return(tmp_path):
