@@ -15,10 +15,10 @@ $(INSTALLED): setup.cfg constraints.txt
 	touch $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(BIN)/hf-hybrid demo
+	$(BIN)/hf-hybrid demo --resume
 
 demo-quick: $(INSTALLED)
-	$(BIN)/hf-hybrid demo --quick --output_dir smollm2-sentiment-hybrid-quick
+	$(BIN)/hf-hybrid demo --quick --resume --output_dir smollm2-sentiment-hybrid-quick
 
 test: $(INSTALLED) quality
 	$(BIN)/python -m pytest -n 2

@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import linear_cache_layer
-from .errors import UnsupportedModelError
+from .errors import CheckpointError, UnsupportedModelError
 from .mixers import LinearMixer
 
 
@@ -88,20 +88,23 @@ def hybrid_attention_forward(
     context = module._hybrid_context
     layer, length = context["layer"], query.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    mixer = module.hybrid
+    if (query.shape[-1], query.shape[2], key.shape[2]) != (mixer.head_dim, mixer.num_heads, mixer.num_key_value_heads):
+        raise CheckpointError(
+            f"{type(module).__name__}: the config says {mixer.num_heads} query heads, {mixer.num_key_value_heads} key-value heads of size "
+            f"{mixer.head_dim}; the layer has {query.shape[2]}, {key.shape[2]} of size {query.shape[-1]}. The config was edited."
+        )
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)  # mixers scale by K^-0.5; keep the host's own temperature
 
-    valid = segments = None
-    if length > 1:
-        offset = context["offset"]
-        if offset is None:  # no cache or a dynamic one: the mask's key axis ends at the newest token
-            offset = 0 if attention_mask is None else max(attention_mask.shape[-1] - length, 0)
-        valid = valid_tokens(attention_mask, length, offset, query.device)
-        state = None if layer is None else layer.read_state()
-        if state is None:
-            segments = packed_segments({"position_ids": context["position_ids"], **kwargs}, valid, query)
-    else:
-        state = None if layer is None else layer.read_state()
+    offset = context["offset"]
+    if offset is None:  # no cache or a dynamic one: the mask's key axis ends at the newest token
+        offset = 0 if attention_mask is None else max(attention_mask.shape[-1] - length, 0)
+    valid = valid_tokens(attention_mask, length, offset, query.device)
+    state = None if layer is None else layer.read_state()
+    segments = None
+    if length > 1 and state is None:
+        segments = packed_segments({"position_ids": context["position_ids"], **kwargs}, valid, query)
 
     hidden_states = context["hidden_states"]
     output, state = module.hybrid(
@@ -156,7 +159,7 @@ def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
     if mask.ndim == 2:  # flash attention
         return mask[:, -length:].bool()
     mask = mask[:, 0]  # [B, Q, KV]; heads share it
-    if mask.shape[-2] == 1:
+    if mask.shape[-2] == 1 and length > 1:  # one row for all queries: a bidirectional mask
         diagonal = mask[:, 0, -length:]
     else:
         index = (torch.arange(length, device=mask.device) + offset)[None, :, None].expand(mask.shape[0], -1, 1)

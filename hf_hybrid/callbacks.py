@@ -1,6 +1,7 @@
 """`GreedyLayerSwapCallback`: runs the search of `selection` with the Trainer's own evaluation as the score."""
 
 import hashlib
+import json
 import os
 import weakref
 
@@ -10,10 +11,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .bank import student_state
 from .capture import PrefixReuse
 from .errors import HybridConfigError, MetricError
-from .selection import TRACE_FILE, SwapReport, SwapTrace, Trial, allowed_drop, confirm_swaps, greedy_swap
+from .selection import (
+    TRACE_FILE,
+    SwapReport,
+    SwapTrace,
+    Trial,
+    allowed_drop,
+    confirm_swaps,
+    greedy_swap,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -62,7 +70,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         allowed_drop(max_drop)
         if keep not in ("most_linear", "best"):
             raise HybridConfigError(f"GreedyLayerSwapCallback: keep must be 'most_linear' or 'best'; got {keep!r}.")
-        if max_layers is not None and max_layers < 1:
+        if max_layers is not None and (not isinstance(max_layers, int) or max_layers < 1):
             raise HybridConfigError(f"GreedyLayerSwapCallback: max_layers must be at least 1; got {max_layers!r}.")
         self.metric, self.max_drop, self.floor = metric, max_drop, floor
         self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
@@ -73,6 +81,8 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
     def set_trainer(self, trainer) -> None:
         """Called by [`HybridTrainer`]: callbacks are given the model only."""
         self._trainer = weakref.ref(trainer)
+        if self.confirmation_dataset is not None:
+            self.confirmation_dataset = trainer.prepare_dataset(self.confirmation_dataset, "confirmation_dataset")
 
     def state(self) -> dict:
         names = (
@@ -99,13 +109,27 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         trainer.save_mixer_bank()  # a kill during the search must not cost the students
         self.search(trainer)
 
-    def search(self, trainer) -> SwapReport:
-        """Search now, with the students as they are; `trainer.train` is not needed for this."""
+    def _linked_trainer(self):
+        trainer = self._trainer() if self._trainer else None
+        if trainer is None:
+            raise HybridConfigError(
+                "GreedyLayerSwapCallback needs a HybridTrainer; a plain Trainer has no students to swap."
+            )
+        return trainer
+
+    def _metric_key(self) -> str:
+        return self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
+
+    def _check_data(self, trainer):
         if trainer.eval_dataset is None:
             raise MetricError(
                 f"GreedyLayerSwapCallback watches {self.metric!r} on eval_dataset, which is missing. Pass it to HybridTrainer."
             )
-        metric = self.metric if self.metric.startswith("eval_") else f"eval_{self.metric}"
+
+    def search(self, trainer) -> SwapReport:
+        """Search now, with the students as they are; `trainer.train` is not needed for this."""
+        self._check_data(trainer)
+        metric = self._metric_key()
         model = trainer.accelerator.unwrap_model(trainer.model)
         sites = list(model.distill_sites)
         trace = SwapTrace(
@@ -116,8 +140,9 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
                 "greater_is_better": self.greater_is_better,
                 "max_drop": self.max_drop,
                 "floor": self.floor,
-                "students": _fingerprint(model),
-                "eval_rows": len(trainer.eval_dataset) if hasattr(trainer.eval_dataset, "__len__") else None,
+                "mixers": {name: site.mixer_config.to_dict() for name, site in model.distill_sites.items()},
+                "weights": _weights_digest(model),
+                "data": _data_digest(trainer.eval_dataset),
             },
             write=trainer.is_world_process_zero(),
         )
@@ -205,10 +230,24 @@ class _Scorer:
         self._recorded = list(self.committed)
 
 
-def _fingerprint(model) -> str:
-    """Digest of the students' weights: a trace is only continued with the students that wrote it."""
+def _weights_digest(model) -> str:
+    """Digest of teachers and students: a trace is only continued with the weights that wrote it."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(student_state(model).items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    for name, site in model.distill_sites.items():
+        for parameter_name, tensor in site.named_parameters():
+            digest.update(f"{name}.{parameter_name}".encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _data_digest(dataset) -> str | None:
+    """Digest of the validation rows, as far as they are numbers and text; `None` for streams."""
+    if isinstance(dataset, dict):
+        return "+".join(f"{name}:{_data_digest(part)}" for name, part in dataset.items())
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return None
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        row = dataset[index]
+        digest.update(json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode())
     return digest.hexdigest()[:16]

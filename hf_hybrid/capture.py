@@ -26,7 +26,7 @@ class PrefixReuse:
         self.block_of = {site: _block_name(model, site) for site in sites}
         self.blocks: list[nn.Module] = []  # in the order of execution, filled by the first recording
         self._inputs: list[list[torch.Tensor]] = []  # [block][batch]
-        self._keys: list[torch.Tensor] = []  # of each batch: what it was fed, to recognise it
+        self._keys: list[dict[str, torch.Tensor]] = []  # of each batch: what it was fed, to recognise it
         self._first: tuple[tuple, dict, torch.Tensor] | None = None
         self._outputs_tuple: dict[nn.Module, bool] = {}
         self._batch = -1
@@ -47,7 +47,7 @@ class PrefixReuse:
 
         def before_model(module, args, kwargs):
             self._batch += 1
-            self._keys.append(_key(args, kwargs).clone())
+            self._keys.append({name: x.clone() for name, x in _tensors(args, kwargs).items()})
 
         def after_model(module, args, kwargs, output):
             if self._first is None:
@@ -109,7 +109,7 @@ class PrefixReuse:
 
         def before_model(module, args, kwargs):
             self._batch += 1
-            if self._batch >= len(self._keys) or not torch.equal(_key(args, kwargs), self._keys[self._batch]):
+            if self._batch >= len(self._keys) or not _same(_tensors(args, kwargs), self._keys[self._batch]):
                 raise HybridError(
                     "The validation batches changed between two trials, so that activations cannot be reused. Make the evaluation deterministic "
                     "(no shuffling, no random collation), or pass reuse_activations=False."
@@ -135,17 +135,24 @@ class PrefixReuse:
                     module.forward = forward
 
     def verify(self) -> bool:
-        """Run the first batch from the middle block on: are the logits those of the whole model, bit for bit? If not, reuse is off."""
+        """
+        Run the first batch from every block on: are the logits those of the whole model, bit for bit? If not, reuse is off. Blocks that hand
+        each other more than hidden states (shared keys and values, a position bias) are found out here.
+        """
         if not self.enabled or self._first is None or self._first[2] is None:
             self.enabled = False
             return False
         args, kwargs, expected = self._first
         try:
-            with torch.no_grad(), self.starting_at(len(self.blocks) // 2):
-                actual = _logits(self.model(*args, **kwargs))
-            self.enabled = actual is not None and torch.equal(actual, expected)
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError):
-            self.enabled = False  # blocks that pass each other more than hidden states
+            with torch.no_grad():
+                for position in range(len(self.blocks)):
+                    with self.starting_at(position):
+                        actual = _logits(self.model(*args, **kwargs))
+                    if actual is None or not torch.equal(actual, expected):
+                        self.enabled = False
+                        break
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
+            self.enabled = False
         if not self.enabled:
             self.forget()
         return self.enabled
@@ -181,9 +188,13 @@ def _pass_through(as_tuple: bool):
     return forward
 
 
-def _key(args, kwargs) -> torch.Tensor:
-    values = [*args, *kwargs.values()]
-    return next(value for value in values if torch.is_tensor(value))
+def _tensors(args, kwargs) -> dict[str, torch.Tensor]:
+    named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    return {name: value for name, value in named.items() if torch.is_tensor(value)}
+
+
+def _same(batch: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return batch.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in batch.items())
 
 
 def _logits(output) -> torch.Tensor | None:

@@ -14,10 +14,11 @@ from transformers.utils import logging
 from .bank import load_mixer_bank
 from .cache import cache_bytes
 from .callbacks import GreedyLayerSwapCallback
+from .configuration_hybrid import check_selection
 from .distillation import finalize_, swap_layers_
-from .errors import DatasetError, HybridConfigError, HybridError
+from .errors import DatasetError, HybridConfigError, HybridError, OutputFolderError
 from .mixers import MixerConfig, resolve_mixer_config
-from .modeling_hybrid import HybridModelMixin, convert_to_hybrid, find_attention_sites, new_mixer
+from .modeling_hybrid import HybridModelMixin, convert_to_hybrid, describe, find_attention_sites, new_mixer
 from .ops import fast_fp32_matmul
 from .report import accuracy_interval, compare_speed, perplexity
 from .tasks import LabelWordTask
@@ -33,7 +34,10 @@ class ModelArguments:
     """Which model."""
 
     model: str = field(metadata={"help": "Name on the Hub or path of the model.", "aliases": ["--model_name_or_path"]})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type of the weights.", "choices": ["auto", "float32", "bfloat16", "float16"]},
+    )
 
     def load(self):
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).eval()
@@ -87,6 +91,12 @@ class TaskArguments:
 
     def rows(self):
         data = load_rows(self.eval_dataset, self.eval_split)
+        wanted = [self.text_column] if self.prompt is None else [self.text_column, self.label_column]
+        missing = [column for column in wanted if column not in data.column_names]
+        if missing:
+            raise DatasetError(
+                f"{self.eval_dataset} has no column {missing[0]!r}; it has {', '.join(data.column_names)}."
+            )
         return data if self.max_examples is None else data.select(range(min(self.max_examples, len(data))))
 
     def task(self, tokenizer) -> LabelWordTask | None:
@@ -194,20 +204,19 @@ def search(
 def convert(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments) -> None:
     """Replace layers without training, or by the students of a bank, and save the hybrid."""
     if os.path.exists(os.path.join(options.output_dir, "config.json")):
-        from .errors import OutputFolderError
-
         raise OutputFolderError(f"output_dir={options.output_dir!r} holds a model already. Choose another folder.")
-    loaded = model.load()
-    layers = parse_layers(options.layers)
+    loaded, tokenizer, layers = model.load(), model.tokenizer(), parse_layers(options.layers)
     if options.mixer_bank:
+        chosen = (
+            check_selection(layers, find_attention_sites(loaded), describe(loaded)) if layers is not None else None
+        )
         load_mixer_bank(loaded, options.mixer_bank)
-        names = list(loaded.distill_sites)
-        swap_layers_(loaded, names if layers is None else [names[i] if isinstance(i, int) else i for i in layers])
+        swap_layers_(loaded, list(loaded.distill_sites) if chosen is None else [site.name for site in chosen])
         finalize_(loaded)
     else:
         convert_to_hybrid(loaded, mixer.config(), layers)
     loaded.save_pretrained(options.output_dir)
-    model.tokenizer().save_pretrained(options.output_dir)
+    tokenizer.save_pretrained(options.output_dir)
     console.print(f"Saved a hybrid with {len(loaded.config.hybrid['sites'])} linear layers to {options.output_dir}.")
 
 
@@ -325,19 +334,22 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if asked else 2
     function, types = commands[arguments[0]]
     parser = HfArgumentParser(types, prog=f"hf-hybrid {arguments[0]}", description=function.__doc__)
-    options = parser.parse_args_into_dataclasses(_model_first(arguments[1:]))
     logging.set_verbosity_warning()
     try:
+        options = parser.parse_args_into_dataclasses(_model_first(arguments[1:]))
         with fast_fp32_matmul():
             function(*options)
     except KeyboardInterrupt:
         print(
-            "interrupted; what was finished is on disk, run again with --resume (or --resume_from_checkpoint) to continue",
+            "interrupted; what was finished is on disk: run again with --resume (distill: --resume_from_checkpoint true) to continue",
             file=sys.stderr,
         )
         return 130
-    except (HybridError, OSError, ValueError) as error:
-        print(f"hf-hybrid {arguments[0]}: {error}", file=sys.stderr)
+    except Exception as error:  # one line for every error; the traceback is for those who ask
+        if os.environ.get("HF_HYBRID_TRACEBACK"):
+            raise
+        kind = "" if isinstance(error, HybridError) else f"{type(error).__name__}: "
+        print(f"hf-hybrid {arguments[0]}: {kind}{error} (HF_HYBRID_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
     return 0
 

@@ -55,12 +55,21 @@ class AttentionSite:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
 
 
-def hybrid_section(sites: dict[str, tuple[AttentionSite, dict]], base_model: str | None, revision: str | None) -> dict:
-    """The `hybrid` entry of a config, from `{name: (site, mixer settings)}`."""
+def hybrid_section(
+    sites: dict[str, tuple[AttentionSite, dict]],
+    base_model: str | None,
+    revision: str | None,
+    projections: str = "shared",
+) -> dict:
+    """
+    The `hybrid` entry of a config, from `{name: (site, mixer settings)}`. `projections` other than `"shared"` says that the linear layers'
+    projections were trained, so that the softmax cannot be put back over them.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "hf_hybrid_version": package_version(),
         "base_model": {"name_or_path": base_model, "revision": revision},
+        "projections": projections,
         "sites": {name: {"mixer": dict(settings), **site.sizes()} for name, (site, settings) in sites.items()},
     }
 
@@ -81,15 +90,30 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, tuple[AttentionS
             f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION}; got {section['schema_version']!r}, written by hf_hybrid "
             f"{section.get('hf_hybrid_version')!r} (this is {package_version()}). Upgrade with `pip install -U hf_hybrid`."
         )
+    if section.get("projections") not in ("shared", "low_rank", "full") or not isinstance(section.get("sites"), dict):
+        raise CheckpointError(
+            f"{where}: `hybrid` must have `sites` and `projections` (shared, low_rank or full); got {section.get('projections')!r}. The file "
+            "was edited."
+        )
     expected = {field.name for field in dataclasses.fields(AttentionSite)} - {"name"} | {"mixer"}
     sites = {}
-    for name, entry in section.get("sites", {}).items():
+    for name, entry in section["sites"].items():
         if not isinstance(entry, dict) or set(entry) != expected:
             difference = sorted(expected ^ set(entry)) if isinstance(entry, dict) else entry
             raise CheckpointError(
                 f"{where}: `hybrid.sites[{name!r}]` has missing or unknown entries: {difference}. The file was edited."
             )
-        entry = dict(entry)
+        wrong = [
+            key
+            for key, value in entry.items()
+            if key != "mixer"
+            and not (isinstance(value, bool) if key == "causal" else type(value) is int and value > 0)
+        ]
+        if wrong or not isinstance(entry["mixer"], dict):
+            key = (wrong or ["mixer"])[0]
+            raise CheckpointError(
+                f"{where}: `hybrid.sites[{name!r}].{key}` has a value that cannot be; got {entry[key]!r}. The file was edited."
+            )
         sites[name] = (AttentionSite(name=name, **{k: v for k, v in entry.items() if k != "mixer"}), entry["mixer"])
     return sites
 

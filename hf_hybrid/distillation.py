@@ -28,6 +28,7 @@ from .modeling_hybrid import (
     check_convertible,
     describe,
     new_mixer,
+    replace_config_,
     warn_of_losses,
 )
 from .probe import probe_attention
@@ -135,6 +136,12 @@ class DistillModelMixin:
         self.training = mode
         return self
 
+    def save_pretrained(self, *args, **kwargs):
+        raise AlreadyHybridError(
+            f"{type(self).__name__} is in distillation: it holds teachers and students. Save the hybrid with trainer.save_model() or after "
+            "trainer.finalize(), the students with save_mixer_bank."
+        )
+
     def gradient_checkpointing_enable(self, *args, **kwargs):
         self.recompute_students = True
 
@@ -190,7 +197,7 @@ def prepare_distillation_(
         )
     if not isinstance(rank, int) or rank < 1:
         raise HybridConfigError(f"rank must be an integer >= 1; got {rank!r}.")
-    if isinstance(model, (HybridModelMixin, DistillModelMixin)):
+    if isinstance(model, HybridModelMixin):
         raise AlreadyHybridError(
             f"{describe(model)} is converted already. Distillation starts from full attention: call restore_full_attention(model) first."
         )
@@ -240,7 +247,7 @@ class _LowRankDelta(nn.Module):
 
 def _new_student(teacher: nn.Module, projections: str, rank: int) -> nn.Module:
     if projections == "full":
-        return copy.deepcopy(teacher)
+        return copy.deepcopy(teacher, {id(teacher.config): teacher.config})
     student = _shallow_clone(teacher)
     if projections == "low_rank":
         for name, linear in _projections(student):
@@ -296,6 +303,9 @@ def _forget_distillation_(model):
 def swap_layers_(model, names) -> None:
     """Make exactly the sites in `names` run through their students."""
     names = set(names)
+    unknown = sorted(names - set(model.distill_sites))
+    if unknown:
+        raise HybridConfigError(f"swap_layers: {unknown[0]!r} has no student; {len(model.distill_sites)} sites have.")
     for name, site in model.distill_sites.items():
         site.swapped = name in names
 
@@ -311,16 +321,14 @@ def as_hybrid(model):
     untouched teacher, the class a `Hybrid…` one. Nothing is copied but merged projections.
     """
     distill_class, sites, config = type(model), model.distill_sites, model.config
-    config_class = type(config)
     try:
         _leave_distillation_(model)
         yield model
     finally:
         for name, site in sites.items():
             model.set_submodule(name, site)
-        model.__class__, config.__class__ = distill_class, config_class
-        for attribute in ("hybrid", "auto_map"):
-            config.__dict__.pop(attribute, None)
+        model.__class__ = distill_class
+        replace_config_(model, model.config, config)
         model.__dict__.pop("_hybrid_built", None)
 
 
@@ -338,4 +346,4 @@ def _leave_distillation_(model):
         if site.swapped:
             linear[name] = (site.site, site.mixer_config.to_dict())
     model.__class__ = type(model).__mro__[2]
-    become_hybrid_(model, linear)
+    become_hybrid_(model, linear, model.distill_projections)

@@ -15,6 +15,18 @@ CARD_FILE = "README.md"
 TEMPLATE = "templates/model_card.md"
 
 
+# In every card this package writes. A card without it is somebody's own and is left alone.
+MARKER = "<!-- written by hf_hybrid; remove this line to keep your edits -->"
+
+
+def is_own_card(path: str) -> bool:
+    """Whether the file is a model card that somebody wrote by hand."""
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return MARKER not in file.read()
+
+
 def write_model_card(
     model: PreTrainedModel,
     folder: str | os.PathLike,
@@ -65,6 +77,7 @@ def write_model_card(
         rows=rows,
         report=report,
         extra=extra,
+        marker=MARKER,
     )  # fmt: skip
     path = os.path.join(folder, CARD_FILE)
     with open(path + ".tmp", "w", encoding="utf-8") as file:

@@ -4,8 +4,10 @@ The mirror classes are built on demand and registered in every Auto class that k
 `AutoModelFor….from_pretrained` works on a hybrid checkpoint as on any other.
 """
 
+import copy
 import functools
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -48,13 +50,14 @@ from .configuration_hybrid import (
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
 from .mixers import LinearMixer, MixerConfig, build_mixer, resolve_mixer_config
-from .model_card import CARD_FILE, write_model_card
+from .model_card import CARD_FILE, is_own_card, write_model_card
 from .probe import probe_attention
 
 
 logger = logging.get_logger(__name__)
 
 SHIM_FILE = "modeling_hf_hybrid.py"
+WEIGHT_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 AUTO_CLASSES = [
     cls
     for cls in vars(modeling_auto).values()
@@ -147,6 +150,12 @@ def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not isinstance(model, HybridModelMixin):
         raise AlreadyHybridError(f"{describe(model)} is not hybrid: there is nothing to restore.")
+    projections = model.config.hybrid["projections"]
+    if projections != "shared" and model.config.hybrid["sites"]:
+        raise AlreadyHybridError(
+            f"{describe(model)} was distilled with projections={projections!r}: its linear layers have projections of their own, over which "
+            "the softmax is not what it was. Load the base model instead."
+        )
     for module in model.modules():
         if is_hybrid_attention(module):
             restore_attention_(module)
@@ -162,6 +171,11 @@ def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
 def check_convertible(model) -> None:
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}.")
+    if hasattr(model, "distill_sites"):
+        raise AlreadyHybridError(
+            f"{describe(model)} is in distillation already: it has students at {len(model.distill_sites)} sites. Finalize it, or load the "
+            "teacher again."
+        )
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -190,19 +204,31 @@ def warn_of_losses(losses: dict[str, tuple[str, ...]]) -> None:
         )
 
 
-def become_hybrid_(model: PreTrainedModel, sites: dict[str, tuple[AttentionSite, dict]]) -> None:
+def become_hybrid_(
+    model: PreTrainedModel, sites: dict[str, tuple[AttentionSite, dict]], projections: str = "shared"
+) -> None:
     """Give `model` and its config their mirror classes and write down its linear sites; the modules are converted already."""
     config = model.config
     if isinstance(config, HybridConfigMixin):
         base = config.hybrid["base_model"]
-        config.hybrid = hybrid_section(sites, base["name_or_path"], base["revision"])
+        config.hybrid = hybrid_section(sites, base["name_or_path"], base["revision"], config.hybrid["projections"])
         return
     base_class, config_class = type(model), hybrid_config_class(type(config))
     revision = getattr(config, "_commit_hash", None)
-    config.__class__ = config_class  # in place: the model's parts share this object
-    config.hybrid = hybrid_section(sites, config.name_or_path or None, revision)
+    own_config = copy.copy(config)  # another model may have been built from the same object
+    own_config.__class__ = config_class
+    own_config.hybrid = hybrid_section(sites, config.name_or_path or None, revision, projections)
+    replace_config_(model, config, own_config)
     model.__class__ = hybrid_model_class(base_class, config_class)
     model._hybrid_built = True
+
+
+def replace_config_(model: PreTrainedModel, old: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Make every part of `model` that holds the config object `old` hold `new`."""
+    for module in model.modules():
+        for attribute in ("config", "_hybrid_host_config"):
+            if module.__dict__.get(attribute) is old:
+                setattr(module, attribute, new)
 
 
 # ------------------------------------------------------------------------------------------------------- model classes
@@ -281,15 +307,22 @@ class HybridModelMixin:
             ) from error
         given = kwargs.get("config")
         own_config = given is None or getattr(given, "name_or_path", None) == str(pretrained_model_name_or_path)
+        # the class that was saved must find everything; another head (a classifier on a language model) brings its own, new
+        same_class = cls.__name__ in (model.config.architectures or [])
         prefix = cls.base_model_prefix + "."
-        required = [
-            k for k in info["missing_keys"] if ".hybrid." in k or k.startswith(prefix) or cls.base_model_prefix == ""
-        ]
+        new_head_sizes = kwargs.get("ignore_mismatched_sizes", False)
         problems = {
-            "missing": sorted(required) if own_config else [],
-            "unexpected": sorted(k for k in info["unexpected_keys"] if ".hybrid." in k),
-            "of another shape": sorted(str(k) for k in info["mismatched_keys"]),
+            "missing": [
+                k
+                for k in info["missing_keys"]
+                if own_config and (same_class or ".hybrid." in k or k.startswith(prefix))
+            ],
+            "unexpected": [k for k in info["unexpected_keys"] if ".hybrid." in k or (own_config and same_class)],
+            "of another shape": [
+                k for k in map(str, info["mismatched_keys"]) if ".hybrid." in k or not new_head_sizes
+            ],
         }
+        problems = {what: sorted(keys) for what, keys in problems.items()}
         for what, keys in problems.items():
             if keys:
                 raise CheckpointError(
@@ -308,15 +341,21 @@ class HybridModelMixin:
             _write_shim(save_directory, type(self))
             write_model_card(self, save_directory)
             return super().save_pretrained(save_directory, *args, push_to_hub=True, **kwargs)
-        parent = os.path.dirname(os.path.abspath(save_directory))
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as folder:
             result = super().save_pretrained(folder, *args, **kwargs)
             _write_shim(folder, type(self))
-            if not os.path.exists(os.path.join(save_directory, "README.md")):
+            if not is_own_card(os.path.join(save_directory, CARD_FILE)):
                 write_model_card(self, folder)
-            # config.json last: a folder without it is not a checkpoint yet
-            for name in sorted(os.listdir(folder), key=lambda name: (name == "config.json", name)):
+            names = os.listdir(folder)
+            # config.json goes first and comes last: a folder without it is no checkpoint, and new weights never meet an old config
+            if os.path.exists(os.path.join(save_directory, "config.json")):
+                os.remove(os.path.join(save_directory, "config.json"))
+            for name in sorted(names, key=lambda name: (name == "config.json", name)):
                 os.replace(os.path.join(folder, name), os.path.join(save_directory, name))
+        # weights of an earlier save under another layout (one file, shards) would be found first by from_pretrained
+        for name in os.listdir(save_directory):
+            if name not in names and WEIGHT_FILES.fullmatch(name):
+                os.remove(os.path.join(save_directory, name))
         return result
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):

@@ -7,12 +7,13 @@ already made, takes the best one, and goes on while the metric stays at or above
 import dataclasses
 import json
 import math
+import numbers
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import HybridConfigError, MetricError, OutputFolderError, closest
+from .errors import CheckpointError, HybridConfigError, MetricError, OutputFolderError, closest
 
 
 Metrics = dict[str, float]
@@ -94,31 +95,40 @@ class SwapTrace:
                     "search again."
                 )
             self._known = {tuple(sorted(row["swapped"])): row["metrics"] for row in rows if row["type"] == "trial"}
-        elif write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"type": "header", "identity": self.identity})
+        self._rows = {json.dumps(row, sort_keys=True) for row in lines}
 
     def _read(self) -> list[dict]:
         """All whole lines. A line cut off by a kill is dropped, and the file shortened to what precedes it."""
         if not self.path.exists():
             return []
         rows, end = [], 0
-        with open(self.path, "rb") as file:
-            for line in file:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    break
-                if not line.endswith(b"\n"):
-                    rows.pop()
-                    break
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                whole = line.endswith(b"\n") and isinstance(row, dict) and "type" in row
+            except ValueError:
+                whole = False
+            if whole:
+                rows.append(row)
                 end += len(line)
+            elif number < len(lines):
+                raise CheckpointError(
+                    f"{self.path}, line {number}: cannot be read; got {line[:60]!r}. The file was edited or damaged."
+                )
         if self.write and end < self.path.stat().st_size:
             os.truncate(self.path, end)
         return rows
 
     def _append(self, row: dict) -> None:
+        if not self._rows and row["type"] != "header":  # no file before there is something to keep
+            self._append({"type": "header", "identity": self.identity})
+        line = json.dumps(row, sort_keys=True)
+        if line in self._rows:  # said by the search that is being continued
+            return
+        self._rows.add(line)
         if self.write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
                 file.flush()
@@ -159,6 +169,17 @@ def floor_of(base: float, max_drop: float | str, greater_is_better: bool) -> flo
     drop, relative = allowed_drop(max_drop)
     drop = drop * abs(base) if relative else drop
     return base - drop if greater_is_better else base + drop
+
+
+def check_floor(metric: str, base: float, floor: float, greater_is_better: bool) -> None:
+    """Raise [`MetricError`] if `floor` is better than where the metric starts."""
+    if not isinstance(floor, numbers.Real) or not math.isfinite(floor):
+        raise HybridConfigError(f"floor must be a finite number; got {floor!r}.")
+    if (base < floor) if greater_is_better else (base > floor):
+        raise MetricError(
+            f"floor must be within reach of the starting metric; got floor={floor} for {metric}, which starts at {base:.6g}. "
+            "Set a floor that the teacher itself meets, or use max_drop."
+        )
 
 
 def confirm_swaps(
@@ -247,15 +268,15 @@ def greedy_swap(
         if fresh:
             metrics = score(swapped)
         trial = Trial(
-            round_, list(swapped), candidate, {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+            round_, list(swapped), candidate, {k: float(v) for k, v in metrics.items() if isinstance(v, numbers.Real)}
         )
         where = f"search, round {round_}, trial of {candidate}" if candidate else "search, before the first swap"
         read_metric(metrics, metric, where)
         if tie_breaker in metrics:
             read_metric(metrics, tie_breaker, where)
-        if fresh and trace:
-            trace.add_trial(trial)
         trials.append(trial)
+        if fresh and trace and round_:
+            trace.add_trial(trial)
         if on_trial:
             on_trial(trial, left)
         return trial
@@ -264,11 +285,11 @@ def greedy_swap(
     base = float(start.metrics[metric])
     if floor is None:
         floor = floor_of(base, max_drop, greater_is_better)
-    elif sign * base < sign * floor:
-        raise MetricError(
-            f"floor must be within reach of the starting metric; got floor={floor} for {metric}, which starts at {base:.6g}. "
-            "Lower the floor, or use max_drop."
-        )
+    else:
+        check_floor(metric, base, floor, greater_is_better)
+
+    if trace and trace.lookup([]) is None:  # only now is it clear that there will be a search
+        trace.add_trial(start)
 
     def rank(trial):
         return sign * trial.metrics[metric], -trial.metrics.get(tie_breaker, 0.0)

@@ -44,7 +44,7 @@ class LabelWordTask:
         """Tokenised prompts of `{"text", "label"}` rows, shortest first so that batches hold little padding."""
         if not rows:
             raise DatasetError("LabelWordTask: the dataset must not be empty; got 0 rows.")
-        ids = self.tokenizer([self.prompt.format(text=row["text"]) for row in rows])["input_ids"]
+        ids = self.tokenizer([self.prompt.replace("{text}", row["text"]) for row in rows])["input_ids"]
         examples = sorted(
             zip(ids, (int(row["label"]) for row in rows), strict=True), key=lambda example: len(example[0])
         )

@@ -16,7 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .bank import WEIGHTS_FILE as BANK_WEIGHTS_FILE
-from .bank import load_mixer_bank, load_student_state, save_mixer_bank, student_state
+from .bank import (
+    check_students,
+    describe_students,
+    load_mixer_bank,
+    load_student_state,
+    save_mixer_bank,
+    student_state,
+)
 from .distillation import (
     DistillModelMixin,
     DistillSite,
@@ -26,9 +33,16 @@ from .distillation import (
     swap_layers_,
     swapped_layers,
 )
-from .errors import CheckpointError, DatasetError, HybridConfigError, MetricError, OutputFolderError
+from .errors import (
+    AlreadyHybridError,
+    CheckpointError,
+    DatasetError,
+    HybridConfigError,
+    MetricError,
+    OutputFolderError,
+)
 from .mixers import MixerConfig
-from .model_card import write_model_card
+from .model_card import CARD_FILE, is_own_card, write_model_card
 from .selection import TRACE_FILE, SwapReport
 from .training_args import HybridTrainingArguments
 
@@ -36,7 +50,7 @@ from .training_args import HybridTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-STUDENTS_FILE, SWAPS_FILE = "model.safetensors", "hybrid_swaps.json"
+STUDENTS_FILE, SWAPS_FILE = "model.safetensors", "hybrid_students.json"
 
 
 class HybridTrainer(Trainer):
@@ -85,6 +99,8 @@ class HybridTrainer(Trainer):
             raise HybridConfigError(f"HybridTrainer: args must be HybridTrainingArguments; got {type(args).__name__}.")
         if isinstance(model, str):
             model = _load_teacher(model, args.model_init_kwargs or {})
+        self._check_arguments(args)
+        had_students = mixer_bank is not None or isinstance(model, DistillModelMixin)
         if mixer_bank is not None:
             if mixer is not None:
                 raise HybridConfigError(
@@ -93,9 +109,23 @@ class HybridTrainer(Trainer):
             load_mixer_bank(model, mixer_bank)
         elif not isinstance(model, DistillModelMixin):
             prepare_distillation_(
-                model, mixer or "linear_attention", args.selected_layers(),
-                projections=args.projections, rank=args.projection_rank,
-            )  # fmt: skip
+                model,
+                mixer or "linear_attention",
+                args.selected_layers(),
+                projections=args.projections,
+                rank=args.projection_rank,
+            )
+        elif mixer is not None:
+            raise AlreadyHybridError(
+                "HybridTrainer: the model has students already, so that mixer would be ignored. Leave mixer out to go on with them, or load the "
+                "teacher again."
+            )
+        if had_students and (args.layers is not None or args.projections not in ("shared", model.distill_projections)):
+            raise HybridConfigError(
+                f"HybridTrainer: the students are there already (projections={model.distill_projections!r}), so that layers={args.layers!r} and "
+                f"projections={args.projections!r} would be ignored. Leave them out."
+            )
+        swap_layers_(model, [])
         # the Trainer turns caching off in the config for as long as it trains; a checkpoint says what the teacher said
         self._teacher_use_cache = getattr(model.config, "use_cache", None)
         train_dataset = _prepare_dataset(train_dataset, "train_dataset", processing_class, args)
@@ -120,6 +150,19 @@ class HybridTrainer(Trainer):
         self._saving_checkpoint = False
         self._link_callbacks()
 
+    @staticmethod
+    def _check_arguments(args):
+        if args.load_best_model_at_end:
+            raise HybridConfigError(
+                "HybridTrainer: load_best_model_at_end must be False. Evaluations during distillation run the teacher, so that no checkpoint is "
+                "better than another; the search runs on the last one."
+            )
+        if args.n_gpu > 1:
+            raise HybridConfigError(
+                f"HybridTrainer: one process cannot train on {args.n_gpu} GPUs (DataParallel copies the model without its students). Start it with "
+                "`accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+            )
+
     # ------------------------------------------------------------------------------------------------------- training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
@@ -136,8 +179,13 @@ class HybridTrainer(Trainer):
                 "GreedyLayerSwapCallback(…).search(trainer), or train its projections."
             )
         if resume_from_checkpoint is True:
-            # None: killed before the first checkpoint was complete; start over in the same folder
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                if os.path.exists(os.path.join(self.args.output_dir, "config.json")):
+                    self.check_output_folder()  # a model, but no run to go on with
+                logger.warning(
+                    f"{self.args.output_dir} holds no complete checkpoint to resume from: starting at step 0."
+                )
         elif not resume_from_checkpoint:
             self.check_output_folder()
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -226,8 +274,20 @@ class HybridTrainer(Trainer):
         self._link_callbacks()
 
     def _load_callback_state(self):
+        data = {
+            type(c): c.confirmation_dataset
+            for c in self.callback_handler.callbacks
+            if hasattr(c, "confirmation_dataset")
+        }
         super()._load_callback_state()
+        for callback in self.callback_handler.callbacks:  # restored from settings; data is not among them
+            if type(callback) in data and callback.confirmation_dataset is None:
+                callback.confirmation_dataset = data[type(callback)]
         self._link_callbacks()
+
+    def prepare_dataset(self, dataset, name: str):
+        """A dataset as this trainer wants it: checked, and tokenised and packed if it is text."""
+        return _prepare_dataset(dataset, name, self.processing_class, self.args)
 
     def _link_callbacks(self):
         for callback in self.callback_handler.callbacks:
@@ -286,7 +346,12 @@ class HybridTrainer(Trainer):
             return super()._save(output_dir, state_dict)
         if not self._saving_checkpoint:  # save_model, push_to_hub: the hybrid as it stands
             with self._published():
-                return super()._save(output_dir, None)
+                super()._save(output_dir, None)
+                if self.args.should_save and not is_own_card(
+                    os.path.join(output_dir or self.args.output_dir, CARD_FILE)
+                ):
+                    write_model_card(model, output_dir or self.args.output_dir, report=self.swap_report)
+                return None
         # a training checkpoint: what trains, and which layers are swapped
         os.makedirs(output_dir, exist_ok=True)
         tensors = (
@@ -300,7 +365,7 @@ class HybridTrainer(Trainer):
             metadata={"format": "pt"},
         )
         with open(os.path.join(output_dir, SWAPS_FILE), "w", encoding="utf-8") as file:
-            json.dump(swapped_layers(model), file)
+            json.dump({**describe_students(model), "swapped": swapped_layers(model)}, file)
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -310,13 +375,21 @@ class HybridTrainer(Trainer):
         try:
             tensors = load_file(os.path.join(resume_from_checkpoint, STUDENTS_FILE))
             with open(os.path.join(resume_from_checkpoint, SWAPS_FILE), encoding="utf-8") as file:
-                swaps = json.load(file)
+                description = json.load(file)
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(
                 f"{resume_from_checkpoint} is no readable checkpoint of a HybridTrainer: {error}. Delete it and resume from an earlier one."
             ) from error
+        check_students(description, model, os.path.join(resume_from_checkpoint, SWAPS_FILE))
+        expected = describe_students(model)
+        changed = [key for key in ("sites", "projections", "rank") if description[key] != expected[key]]
+        if changed:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} was written with other students ({', '.join(changed)} differ). Use the mixer and projections of that "
+                "run, or another folder."
+            )
         load_student_state(model, tensors, str(resume_from_checkpoint))
-        swap_layers_(model, swaps)
+        swap_layers_(model, description.get("swapped", []))
         return None
 
     def create_model_card(self, *args, **kwargs):
@@ -387,7 +460,9 @@ def _prepare_dataset(dataset, name: str, processing_class, args: HybridTrainingA
         if isinstance(dataset, Dataset)
         else [row[args.dataset_text_field] for row in dataset]
     )
-    return pack_text(texts, processing_class, args.max_length, name)
+    packed = pack_text(texts, processing_class, args.max_length, name)
+    # evaluation needs labels; distillation has its teacher
+    return packed if name == "train_dataset" else packed.map(lambda row: {"labels": row["input_ids"]})
 
 
 def pack_text(texts, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str = "dataset") -> Dataset:

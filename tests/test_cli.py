@@ -72,6 +72,15 @@ def test_distill_search_evaluate_benchmark(teacher, capsys):
     assert "on 40 examples" in capsys.readouterr().out
     assert run("benchmark", out, "--lengths", "16,32", "--rounds", 1, "--decode_tokens", 2) == 0
     assert "prefill" in capsys.readouterr().out
+    for layers, message in (
+        ("model.layers.9.self_attn", "is not an attention site"),
+        ("7", "index must be in 0..2"),
+        (",", "matched none"),
+    ):
+        assert run("convert", model, "--mixer_bank", bank, "--layers", layers, "--output_dir", teacher / "y") == 1
+        assert message in capsys.readouterr().err and not (teacher / "y").exists()
+    assert run("convert", model, "--mixer_bank", bank, "--layers", "1", "--output_dir", teacher / "z") == 0
+    assert "1 linear layers" in capsys.readouterr().out
     # again into the same folder: refused; continued: nothing is scored twice, the result is the same
     assert run(*search, "--report_to", "none", "--use_cpu") == 1
     assert "holds another run" in capsys.readouterr().err
@@ -184,6 +193,14 @@ def test_errors_are_one_line_and_a_status(teacher, capsys):
         ),
         (["benchmark", model], "is not a hybrid checkpoint"),
         (["inspect", teacher / "nothing"], "nothing"),
+        (
+            ["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--text_column", "txt"],
+            "has no column 'txt'; it has text, label",
+        ),
+        (
+            ["distill", model, "--dataset", teacher / "rows.jsonl", "--max_length", "1"],
+            "max_length must be at least 2 tokens",
+        ),
     ]:
         assert run(*arguments) == 1, arguments
         error = capsys.readouterr().err.strip()

@@ -149,6 +149,51 @@ def test_left_padded_generation_equals_one_by_one(family):
     assert torch.equal(static, together)
 
 
+@hosts
+@mixers
+def test_padding_fed_one_token_at_a_time_is_still_padding(family, mixer):
+    model, ids = hybrid(family, mixer), tokens(1, 9)
+    padded = torch.cat([torch.full((1, 3), 9), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache, pieces = DynamicCache(), []
+    with torch.no_grad():
+        for t in range(12):
+            kwargs = {} if family == "opt" else {"position_ids": positions[:, t : t + 1]}
+            step = model(
+                padded[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache, use_cache=True, **kwargs
+            )
+            pieces.append(step.logits)
+        assert_close("logits", torch.cat(pieces, dim=1)[:, 3:], model(ids).logits, 1e-4)
+    whole = model.generate(padded, attention_mask=mask, **GREEDY)
+    assert torch.equal(model.generate(padded, attention_mask=mask, prefill_chunk_size=1, **GREEDY), whole)
+
+
+def test_two_models_from_one_config_stay_two():
+    first, second = tiny_model(), None
+    second = type(first)(first.config)
+    convert_to_hybrid(first, SMALL_MIXER)
+    assert type(second.config).__name__ == "LlamaConfig" and "hybrid" not in second.config.to_dict()
+
+
+def test_saving_again_leaves_no_weights_of_before(tmp_path):
+    model = hybrid("llama")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.abs().sum() == 0
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("model-*")) and not (tmp_path / "model.safetensors.index.json").exists()
+    card = tmp_path / "README.md"
+    assert "3 of its 3 attention layers" in card.read_text()
+    card.write_text("my own words")
+    model.save_pretrained(tmp_path)
+    assert card.read_text() == "my own words"
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
 @pytest.mark.parametrize("layers", [[0], None])
 def test_assisted_decoding_and_continuation_are_exact(family, layers):
@@ -398,6 +443,12 @@ def edit(folder, change):
         ),
         (lambda c: c["hybrid"]["sites"]["model.layers.0.self_attn"].pop("head_dim"), CheckpointError, r"missing or unknown entries: \['head_dim'\]"),
         (lambda c: c["hybrid"]["sites"].pop("model.layers.2.self_attn"), CheckpointError, "weights are unexpected"),
+        (lambda c: c["hybrid"].update(projections="some"), CheckpointError, "must have `sites` and `projections` .*; got 'some'"),
+        (
+            lambda c: c["hybrid"]["sites"]["model.layers.0.self_attn"].update(num_heads="4"),
+            CheckpointError,
+            "num_heads` has a value that cannot be; got '4'",
+        ),
     ],
 )  # fmt: skip
 def test_an_edited_config_is_refused(tmp_path, change, error, message):
@@ -407,13 +458,23 @@ def test_an_edited_config_is_refused(tmp_path, change, error, message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_edited_sizes_are_found_out_by_the_layer(tmp_path):
+    hybrid("llama", "sliding_window").save_pretrained(tmp_path)
+    edit(tmp_path, lambda c: c["hybrid"]["sites"]["model.layers.0.self_attn"].update(head_dim=64))
+    with pytest.raises(
+        CheckpointError,
+        match="the config says 4 query heads, 2 key-value heads of size 64; the layer has 4, 2 of size 8",
+    ):
+        AutoModelForCausalLM.from_pretrained(tmp_path)(tokens())
+
+
 def test_missing_and_truncated_weights_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     hybrid("llama").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
-    for gone in ("model.layers.1.self_attn.hybrid.log_weight", "model.layers.1.mlp.up_proj.weight"):
+    for gone in ("model.layers.1.self_attn.hybrid.log_weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
         save_file({k: v for k, v in tensors.items() if k != gone}, path, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=f"1 weights are missing, the first '{gone}'"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -443,6 +504,11 @@ def test_other_heads_deepcopy_pickle_and_bf16(tmp_path):
     model.save_pretrained(tmp_path)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert type(classifier).__name__ == "HybridLlamaForSequenceClassification"
+    classifier.save_pretrained(tmp_path / "classifier")
+    wider = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "classifier", num_labels=5, ignore_mismatched_sizes=True
+    )
+    assert wider.score.out_features == 5
     assert torch.equal(
         classifier.model.layers[0].self_attn.hybrid.log_weight, model.model.layers[0].self_attn.hybrid.log_weight
     )

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hf_hybrid.errors import HybridConfigError, MetricError, OutputFolderError
+from hf_hybrid.errors import CheckpointError, HybridConfigError, MetricError, OutputFolderError
 from hf_hybrid.selection import SwapTrace, allowed_drop, confirm_swaps, greedy_swap
 
 
@@ -135,8 +135,36 @@ def test_a_killed_search_continues_where_it_was(tmp_path):
     assert rows[-1]["type"] == "result" and rows[-1]["most_linear"] == ["b", "c", "a"]
 
 
+def test_a_failed_start_leaves_no_trace(tmp_path):
+    path = tmp_path / "t.jsonl"
+    for wrong in ({"metric": "eval_f1"}, {"floor": 0.95}):
+        with pytest.raises(MetricError):
+            search(trace=SwapTrace(path, {"run": 1}), **wrong)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("floor", [math.nan, math.inf, "0.5"])
+def test_a_floor_that_is_no_number_is_refused(floor):
+    with pytest.raises(HybridConfigError, match="floor must be a finite number; got"):
+        search(floor=floor)
+
+
+def test_a_damaged_trace_is_not_cut(tmp_path):
+    path = tmp_path / "t.jsonl"
+    search(trace=SwapTrace(path, {"run": 1}))
+    lines = path.read_text().splitlines(keepends=True)
+    again = search(trace=SwapTrace(path, {"run": 1}))
+    assert (
+        again.most_linear == ["b", "c", "a"] and path.read_text().splitlines(keepends=True) == lines
+    )  # nothing is said twice
+    path.write_text("".join([*lines[:3], "garbage\n", *lines[4:]]))
+    with pytest.raises(CheckpointError, match="line 4: cannot be read; got b'garbage"):
+        SwapTrace(path, {"run": 1})
+    assert len(path.read_text().splitlines()) == len(lines)
+
+
 def test_another_searchs_trace_is_refused(tmp_path):
-    SwapTrace(tmp_path / "t.jsonl", {"metric": "a", "sites": ["x"]})
+    search(trace=SwapTrace(tmp_path / "t.jsonl", {"metric": "a", "sites": ["x"]}))
     with pytest.raises(OutputFolderError, match="holds another search: metric changed since"):
         SwapTrace(tmp_path / "t.jsonl", {"metric": "b", "sites": ["x"]})
 

@@ -63,7 +63,7 @@ def test_one_step_changes_every_student_parameter_and_nothing_else(family, proje
     }
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     # a bias of the keys shifts all scores of a query alike: softmax, and so the exact window, does not see it
-    blind = {name for name in trainable - changed if "bias" in name}
+    blind = {name for name in trainable - changed if name.endswith("k_proj.bias")}
     assert changed == trainable - blind
     assert all(".student." in name for name in changed)
     inner = {
@@ -181,7 +181,7 @@ def test_evaluation_that_changes_between_trials_is_refused(tmp_path):
     def shuffled(examples):
         random.shuffle(examples)
         ids = torch.tensor([example["input_ids"] for example in examples])
-        return {"input_ids": ids, "labels": ids}
+        return {"attention_mask": torch.ones_like(ids), "input_ids": ids, "labels": ids}
 
     trainer = toy_trainer(tmp_path, data_collator=shuffled, callbacks=[GreedyLayerSwapCallback()])
     from hf_hybrid.errors import HybridError
@@ -310,14 +310,92 @@ def test_a_killed_search_resumes_to_the_same_layers(kill, tmp_path):
     assert (tmp_path / "killed" / "swap_trace.jsonl").read_text().count('"type": "trial"') == 7
 
 
-def test_a_trace_of_other_students_is_not_continued(tmp_path):
-    trainer = toy_trainer(tmp_path, callbacks=[GreedyLayerSwapCallback()])
+def test_a_trace_of_another_search_is_not_continued(tmp_path):
+    narrow = LinearAttentionConfig(window_size=3, num_sink_tokens=0)
+
+    def search(**kwargs):
+        return GreedyLayerSwapCallback().search(toy_trainer(tmp_path, **kwargs))
+
+    search(mixer="sliding_window")
+    search(mixer="sliding_window")  # the same again: fine, nothing is evaluated
+    for changed, kwargs in {
+        "data": {"mixer": "sliding_window", "eval_dataset": token_dataset(8, seed=5)},
+        "mixers, weights": {"mixer": narrow},
+        "weights": {"mixer": "sliding_window", "model": tiny_model(seed=3)},
+    }.items():
+        with pytest.raises(OutputFolderError, match=f"holds another search: {changed} changed since"):
+            search(**kwargs)
+
+
+def test_students_are_not_replaced_silently(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.swap_layers([1])
+    with pytest.raises(AlreadyHybridError, match="has students already, so that mixer would be ignored"):
+        toy_trainer(tmp_path, model=trainer.model)
+    with pytest.raises(HybridConfigError, match="layers='1' and projections='shared' would be ignored"):
+        toy_trainer(tmp_path, mixer=None, model=trainer.model, arguments={"layers": "1"})
+    again = toy_trainer(tmp_path, mixer=None, model=trainer.model)
+    assert again.swapped_layers() == [] and len(again.distill_sites) == 3
+    with pytest.raises(AlreadyHybridError, match="is in distillation already"):
+        convert_to_hybrid(trainer.model, SMALL_MIXER)
+    with pytest.raises(AlreadyHybridError, match="holds teachers and students"):
+        trainer.model.save_pretrained(tmp_path / "x")
+
+
+def test_resume_with_other_students_or_teacher_is_refused(tmp_path):
+    toy_trainer(tmp_path).train()
+    more = {"max_steps": 6}
+    with pytest.raises(CheckpointError, match=r"was written with other students \(sites differ\)"):
+        toy_trainer(tmp_path, mixer=LinearAttentionConfig(window_size=9), arguments=more).train(
+            resume_from_checkpoint=True
+        )
+    with pytest.raises(CheckpointError, match="the weights of .* at 'model.layers.0.self_attn' are others"):
+        toy_trainer(tmp_path, model=tiny_model(seed=5), arguments=more).train(resume_from_checkpoint=True)
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(OutputFolderError, match=r"holds another run \(config.json\)"):
+        toy_trainer(tmp_path / "model").train(resume_from_checkpoint=True)
+
+
+def test_training_on_after_a_search_voids_its_trace(tmp_path):
+    toy_trainer(tmp_path, callbacks=[GreedyLayerSwapCallback("eval_loss", "50%")]).train()
+    longer = toy_trainer(tmp_path, callbacks=[GreedyLayerSwapCallback("eval_loss", "50%")], arguments={"max_steps": 6})
+    longer.train(resume_from_checkpoint=True)
+    assert (tmp_path / "swap_trace.jsonl.superseded").exists() and len(longer.swap_report.trials) == 7
+
+
+def test_trained_projections_cannot_be_restored(tmp_path):
+    from hf_hybrid import restore_full_attention
+
+    trainer = toy_trainer(tmp_path, arguments={"projections": "full"})
     trainer.train()
-    other = toy_trainer(tmp_path, arguments={"seed": 7})
-    with torch.no_grad():
-        next(iter(student_state(other.model).values())).add_(1)
-    with pytest.raises(OutputFolderError, match="holds another search: students changed since"):
-        GreedyLayerSwapCallback().search(other)
+    trainer.swap_layers([0])
+    model = trainer.finalize()
+    assert model.config.hybrid["projections"] == "full"
+    with pytest.raises(AlreadyHybridError, match="distilled with projections='full'"):
+        restore_full_attention(model)
+
+
+def test_arguments_that_cannot_work_are_refused(tmp_path):
+    with pytest.raises(HybridConfigError, match="load_best_model_at_end must be False"):
+        toy_trainer(tmp_path, arguments={"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2})
+
+
+def test_callback_state_survives_a_resume(tmp_path):
+    more = token_dataset(4, seed=9)
+    arguments = {"restore_callback_states_from_checkpoint": True, "max_steps": 6}
+    toy_trainer(
+        tmp_path, callbacks=[GreedyLayerSwapCallback("eval_loss", 5.0, confirmation_dataset=more, max_layers=2)]
+    ).train()
+    callback = GreedyLayerSwapCallback("eval_loss", 5.0, confirmation_dataset=more)
+    resumed = toy_trainer(tmp_path, callbacks=[callback], arguments=arguments)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.swap_report.commits) == 2 and resumed.swap_report.confirmed is not None
+
+
+def test_keep_best(tmp_path):
+    trainer = toy_trainer(tmp_path, callbacks=[GreedyLayerSwapCallback("eval_loss", 5.0, keep="best")])
+    trainer.train()
+    assert sorted(trainer.swapped_layers()) == sorted(trainer.swap_report.best)
 
 
 def test_an_output_folder_with_another_run_is_refused(tmp_path):
@@ -326,7 +404,7 @@ def test_an_output_folder_with_another_run_is_refused(tmp_path):
         toy_trainer(tmp_path).train()
 
 
-def test_confirmation_data_takes_swaps_back(tmp_path):
+def test_swaps_are_confirmed_on_other_data(tmp_path):
     callback = GreedyLayerSwapCallback("eval_loss", 5.0, confirmation_dataset=token_dataset(4, seed=9))
     trainer = toy_trainer(tmp_path, callbacks=[callback])
     trainer.train()
@@ -356,8 +434,9 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     by_name.swap_layers([0, 1, 2])
     assert by_name.evaluate()["eval_loss"] == expected
 
-    with pytest.raises(CheckpointError, match="was distilled from .* the weights of LlamaForCausalLM .* are others"):
-        load_mixer_bank(tiny_model().apply(_scale), tmp_path / "bank")
+    with pytest.raises(CheckpointError, match="distilled from .* the weights of LlamaForCausalLM .* are others"):
+        load_mixer_bank(tiny_model().apply(_disturb), tmp_path / "bank")
+    load_mixer_bank(tiny_model().bfloat16(), tmp_path / "bank")  # rounding is no other model
     with pytest.raises(CheckpointError, match="are others"):
         load_mixer_bank(tiny_model(num_hidden_layers=1), tmp_path / "bank")
     with pytest.raises(CheckpointError, match=r"\(model_type 'llama'\); got Qwen2ForCausalLM"):
@@ -368,8 +447,22 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     tensors = load_file(weights)
     save_file({name: value for name, value in tensors.items() if "layers.1." not in name}, weights)
     untouched = tiny_model()
+    with pytest.raises(CheckpointError, match="is not the file mixer_bank.json describes"):
+        load_mixer_bank(untouched, tmp_path / "bank")
+    description = json.loads((tmp_path / "bank" / "mixer_bank.json").read_text())
+    from hf_hybrid.bank import _sha256
+
+    other = {**description, "weights_sha256": _sha256(weights)}
+    (tmp_path / "bank" / "mixer_bank.json").write_text(json.dumps(other))
     with pytest.raises(CheckpointError, match="does not fit the students"):
         load_mixer_bank(untouched, tmp_path / "bank")
+    for key in ("base_model", "base_fingerprint", "projections", "rank", "base_model_type", "sites"):
+        (tmp_path / "bank" / "mixer_bank.json").write_text(
+            json.dumps({k: v for k, v in description.items() if k != key})
+        )
+        with pytest.raises(CheckpointError, match="The file was edited"):
+            load_mixer_bank(untouched, tmp_path / "bank")
+    (tmp_path / "bank" / "mixer_bank.json").write_text(json.dumps(description))
     assert type(untouched).__name__ == "LlamaForCausalLM" and list(untouched.state_dict()) == list(
         tiny_model().state_dict()
     )
@@ -383,9 +476,11 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
-def _scale(module):
+def _disturb(module):
     if isinstance(module, torch.nn.Linear):
-        module.weight.data.mul_(1.5)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(module.weight.shape, generator=generator)
+        module.weight.data.add_(0.1 * module.weight.data.std() * noise)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "edit"])
@@ -413,6 +508,8 @@ def test_text_is_tokenised_and_packed(tokenizer, tmp_path):
     assert {len(ids) for ids in trainer.train_dataset["input_ids"]} == {24}
     assert len(trainer.train_dataset) == 40 * (5 + 3) // 24
     trainer.train()
+    evaluated = toy_trainer(tmp_path, eval_dataset=text, processing_class=tokenizer)
+    assert evaluated.evaluate()["eval_loss"] > 0  # text is given labels where it is evaluated
     with pytest.raises(DatasetError, match="must hold at least max_length=24 tokens; got 8"):
         toy_trainer(tmp_path, train_dataset=text.select(range(2)), processing_class=tokenizer)
     with pytest.raises(DatasetError, match="train_dataset has a 'text' column but no tokenizer was given"):

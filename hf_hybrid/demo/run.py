@@ -141,7 +141,9 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
                 f"The saved hybrid has perplexity {loaded}, the one in memory {rows[-1]['perplexity']}."
             )
         teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        speed = {length: compare_speed({"teacher": teacher, "hybrid": model}, length) for length in sizes.lengths}
+        trainer.swap_layers(report.best)
+        contenders = {"teacher": teacher, "best": trainer.model, "hybrid": model}
+        speed = {length: compare_speed(contenders, length) for length in sizes.lengths}
 
     result = {
         "quick": options.quick,
@@ -236,20 +238,13 @@ def _cells(result) -> tuple[list[str], list[list[str]]]:
         line("perplexity, held-out prose", [f"{row['perplexity']:.2f}" for row in rows]),
     ]
     for length, by_model in result["speed"].items():
-        teacher, hybrid = by_model["teacher"], by_model["hybrid"]
+        teacher, others = by_model["teacher"], (by_model["best"], by_model["hybrid"])
         for what in ("prefill", "decode"):
-            cells = [
-                f"{teacher[what]['seconds'] * 1e3:,.0f} ms",
-                "",
-                f"{hybrid[what]['seconds'] * 1e3:,.0f} ms ({hybrid[what]['ratio']:.2f}x)",
-            ]
+            cells = [f"{teacher[what]['seconds'] * 1e3:,.0f} ms"]
+            cells += [f"{other[what]['seconds'] * 1e3:,.0f} ms ({other[what]['ratio']:.2f}x)" for other in others]
             lines.append(line(f"{what} {'of' if what == 'prefill' else 'of a token after'} {int(length):,}", cells))
-        lines.append(
-            line(
-                f"cache after {int(length):,}",
-                [f"{teacher['cache_bytes'] / 2**20:.1f} MiB", "", f"{hybrid['cache_bytes'] / 2**20:.1f} MiB"],
-            )
-        )
+        sizes = [f"{by['cache_bytes'] / 2**20:.1f} MiB" for by in (teacher, *others)]
+        lines.append(line(f"cache after {int(length):,}", sizes))
     return names, lines
 
 

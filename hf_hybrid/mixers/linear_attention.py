@@ -18,7 +18,7 @@ class LinearAttentionConfig(MixerConfig):
         feature_map (`str`, *optional*, defaults to `"hedgehog"`): A name of `list_feature_maps()`.
         feature_dim (`int`, *optional*): Width of the feature map's projection; `None` means the head size.
         window_size (`int`, *optional*, defaults to 64): Tokens attended exactly, the current one included; 0 for a purely linear layer.
-        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; needs a window.
+        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0 where there is no window.
     """
 
     name = "linear_attention"
@@ -33,6 +33,8 @@ class LinearAttentionConfig(MixerConfig):
             check_int(self.name, "feature_dim", self.feature_dim, 1)
         check_int(self.name, "window_size", self.window_size, 0)
         check_int(self.name, "num_sink_tokens", self.num_sink_tokens, 0)
+        if not self.window_size:
+            object.__setattr__(self, "num_sink_tokens", 0)
 
 
 @register_mixer

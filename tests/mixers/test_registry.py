@@ -43,6 +43,10 @@ def test_settings_are_checked_when_set(settings, message):
         LinearAttentionConfig(**settings)
 
 
+def test_sinks_need_a_window():
+    assert LinearAttentionConfig(window_size=0).num_sink_tokens == 0
+
+
 def test_a_window_needs_at_least_one_token():
     with pytest.raises(HybridConfigError, match="sliding_window: window_size must be an integer >= 1; got 0"):
         SlidingWindowConfig(window_size=0)
