@@ -162,7 +162,10 @@ def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
     if mask.shape[-2] == 1 and length > 1:  # one row for all queries: a bidirectional mask
         diagonal = mask[:, 0, -length:]
     else:
-        index = (torch.arange(length, device=mask.device) + offset)[None, :, None].expand(mask.shape[0], -1, 1)
+        # clamped: where every layer is linear, a static cache lays all masks out like its first layer's, and a full sliding one ends at the
+        # newest token whatever its position
+        index = (torch.arange(length, device=mask.device) + offset).clamp_max(mask.shape[-1] - 1)
+        index = index[None, :, None].expand(mask.shape[0], -1, 1)
         diagonal = mask.gather(2, index)[..., 0]
     return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
 

@@ -19,8 +19,10 @@ from .selection import (
     SwapTrace,
     Trial,
     allowed_drop,
+    check_floor,
     confirm_swaps,
     greedy_swap,
+    read_metric,
 )
 
 
@@ -100,12 +102,22 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             "attributes": {},
         }  # data is never part of a checkpoint
 
-    def on_train_end(self, args, state, control, **kwargs):
-        trainer = self._trainer() if self._trainer else None
-        if trainer is None:
-            raise HybridConfigError(
-                "GreedyLayerSwapCallback needs a HybridTrainer; a plain Trainer has no students to swap."
+    def on_train_begin(self, args, state, control, **kwargs):
+        """What would stop the search is better known before the distillation: one evaluation of the teacher."""
+        trainer = self._linked_trainer()
+        self._check_data(trainer)
+        value = read_metric(trainer.evaluate_silently(), self._metric_key(), "before distillation")
+        if self.floor is not None:
+            check_floor(self._metric_key(), value, self.floor, self.greater_is_better)
+        trace = os.path.join(args.output_dir, TRACE_FILE)
+        if state.global_step < state.max_steps and os.path.exists(trace) and trainer.is_world_process_zero():
+            os.replace(trace, trace + ".superseded")
+            logger.warning(
+                f"Training goes on, so that the earlier search is void: {trace} is now {TRACE_FILE}.superseded."
             )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        trainer = self._linked_trainer()
         trainer.save_mixer_bank()  # a kill during the search must not cost the students
         self.search(trainer)
 

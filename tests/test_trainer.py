@@ -421,7 +421,7 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     trainer.save_mixer_bank(str(tmp_path / "bank"))
     assert sum(f.stat().st_size for f in (tmp_path / "bank").iterdir()) < 60_000
 
-    again = toy_trainer(tmp_path / "again", None, model=load_mixer_bank(tiny_model(), tmp_path / "bank"))
+    again = toy_trainer(tmp_path / "again", mixer=None, model=load_mixer_bank(tiny_model(), tmp_path / "bank"))
     again.swap_layers([0, 1, 2])
     assert again.evaluate()["eval_loss"] == expected
     by_name = HybridTrainer(
