@@ -116,6 +116,8 @@ def hybrid_attention_forward(
         segments=segments,
         state=state,
         output_final_state=layer is not None,
+        # decoding overwrites the cache's own tensors, unless somebody may want them back
+        inplace_final_state=layer is not None and not layer.record_past and not torch.is_grad_enabled(),
     )
     if layer is not None:
 

@@ -87,6 +87,8 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
             ):
                 per_state.update(dict.fromkeys(range(len(state)), False))
         for i, x in enumerate(state):
+            if x is self.recurrent_states[i]:  # written in place
+                continue
             if torch.is_grad_enabled() and x.requires_grad:  # copying in place would overwrite what autograd saved
                 self.recurrent_states[i], self.is_recurrent_states_initialized[i] = x, True
             else:

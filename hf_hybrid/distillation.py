@@ -73,15 +73,23 @@ class DistillSite(nn.Module):
 class _LossRecord:
     """Collects the local losses of one forward."""
 
-    def __init__(self, valid: torch.Tensor | None, recompute: bool):
-        self.valid, self.recompute, self.losses = valid, recompute, []
+    def __init__(self, valid: torch.Tensor | None, recompute: bool, window_dropout: float):
+        self.valid, self.recompute, self.window_dropout, self.losses = valid, recompute, window_dropout, []
 
     def add(self, site: DistillSite, teacher_output, args, kwargs):
         kwargs = {name: _detached(value) for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
         args = tuple(_detached(value) for value in args)
 
+        mixer = site.student.hybrid
+        # decided here, so that the forward and its recomputation agree
+        drop = self.window_dropout and mixer.has_window_and_state() and float(torch.rand(())) < self.window_dropout
+
         def local_loss(*args):
-            output = site.student(*args, **kwargs)
+            before, mixer.ablated = mixer.ablated, "window" if drop else mixer.ablated
+            try:
+                output = site.student(*args, **kwargs)
+            finally:
+                mixer.ablated = before
             return normalized_mse(output[0] if isinstance(output, tuple) else output, teacher_output, self.valid)
 
         # recomputed in backward by default: half a MiB per layer is kept instead of every chunk's scores
@@ -106,13 +114,15 @@ class DistillModelMixin:
 
     distill_sites: dict[str, DistillSite]
     recompute_students = True
+    # share of training forwards, drawn per site, in which a student does without its window, so that its state learns to do without
+    window_dropout = 0.0
 
     def _distill_forward(self, task_forward, *args, **kwargs):
         if not self.training:
             return task_forward(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         record = _LossRecord(
-            mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None, self.recompute_students
+            mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None, self.recompute_students, self.window_dropout
         )
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False

@@ -24,6 +24,7 @@ from .bank import (
     save_mixer_bank,
     student_state,
 )
+from .calibration import calibrate_mixers
 from .distillation import (
     DistillModelMixin,
     DistillSite,
@@ -143,6 +144,8 @@ class HybridTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.model.recompute_students = bool(args.activation_checkpointing)
+        self.model.window_dropout = args.window_dropout
+        self._starting_students = not had_students  # those of a bank have learnt already
         self.swap_report: SwapReport | None = None
         self.last_block_losses: dict[str, float] = {}
         self._block_losses: torch.Tensor | None = None
@@ -188,7 +191,25 @@ class HybridTrainer(Trainer):
                 )
         elif not resume_from_checkpoint:
             self.check_output_folder()
+        if not resume_from_checkpoint and self._starting_students:
+            self._calibrate()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _calibrate(self):
+        """Starting values of the mixers, from the first training batches. The same on every process: all see the same batches."""
+        if not self.args.calibration_batches:
+            return
+        size = self.args.per_device_train_batch_size
+        examples = [self.train_dataset[i] for i in range(min(size * self.args.calibration_batches, len(self.train_dataset)))]
+        batches = [self.data_collator(examples[i : i + size]) for i in range(0, len(examples), size)]
+        names = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "pixel_values", "input_features"}
+        calibrate_mixers(
+            self.accelerator.unwrap_model(self.model),
+            [{k: v for k, v in batch.items() if k in names} for batch in batches],
+            half_lives=self.args.calibrate_half_lives,
+            output_scale=self.args.calibrate_output_scale,
+        )
+        self._starting_students = False
 
     def _check_students_are_there(self):
         if not isinstance(self.accelerator.unwrap_model(self.model), DistillModelMixin):

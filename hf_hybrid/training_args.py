@@ -28,6 +28,13 @@ class HybridTrainingArguments(TrainingArguments):
         projection_rank (`int`, *optional*, defaults to 8):
             Rank of those differences.
 
+        calibration_batches (`int`, *optional*, defaults to 2):
+            Training batches from which gated mixers take their starting values, see [`calibrate_mixers`]; 0 for none.
+        calibrate_half_lives (`bool`, *optional*, defaults to `True`), calibrate_output_scale (`bool`, *optional*, defaults to `True`):
+            Which of them.
+        window_dropout (`float`, *optional*, defaults to 0.0):
+            Share of training forwards, drawn per layer, in which a mixer does without its window, so that its state learns to do without.
+
     > Parameters that control the text
 
         dataset_text_field (`str`, *optional*, defaults to `"text"`):
@@ -56,6 +63,14 @@ class HybridTrainingArguments(TrainingArguments):
         metadata={"help": "What trains beside the mixers.", "choices": ["shared", "low_rank", "full"]},
     )
     projection_rank: int = field(default=8, metadata={"help": "Rank of the low-rank differences."})
+    calibration_batches: int = field(
+        default=2, metadata={"help": "Batches from which gated mixers take their starting values; 0 for none."}
+    )
+    calibrate_half_lives: bool = field(default=True, metadata={"help": "Decays start at the teacher's own look-back."})
+    calibrate_output_scale: bool = field(default=True, metadata={"help": "Outputs start at the teacher's own scale."})
+    window_dropout: float = field(
+        default=0.0, metadata={"help": "Share of training forwards in which a mixer does without its window."}
+    )
     dataset_text_field: str = field(
         default="text", metadata={"help": "Column of text of a dataset without `input_ids`."}
     )
@@ -76,6 +91,10 @@ class HybridTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_length < 2:
             raise HybridConfigError(f"max_length must be at least 2 tokens; got {self.max_length}.")
+        if self.calibration_batches < 0:
+            raise HybridConfigError(f"calibration_batches must not be negative; got {self.calibration_batches}.")
+        if not 0.0 <= self.window_dropout < 1.0:
+            raise HybridConfigError(f"window_dropout must be in [0, 1); got {self.window_dropout}.")
 
     def selected_layers(self) -> list[int | str] | None:
         """`layers` as what `convert_to_hybrid` takes."""

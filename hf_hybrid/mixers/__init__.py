@@ -2,12 +2,30 @@
 
 from .base import LinearMixer, MixerConfig, build_mixer, get_mixer, list_mixers, register_mixer, resolve_mixer_config
 from .feature_maps import FeatureMap, get_feature_map, list_feature_maps, register_feature_map
+from .gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
+from .gla import GLA, GLAConfig
+from .identity import Identity, IdentityConfig
+from .jet_block import JetBlock, JetBlockConfig
+from .kimi_delta import KimiDelta, KimiDeltaConfig
+from .lightning import Lightning, LightningConfig
 from .linear_attention import LinearAttention, LinearAttentionConfig
 from .sliding_window import SlidingWindow, SlidingWindowConfig
 
 
 __all__ = [
     "FeatureMap",
+    "GLA",
+    "GLAConfig",
+    "GatedDeltaNet",
+    "GatedDeltaNetConfig",
+    "Identity",
+    "IdentityConfig",
+    "JetBlock",
+    "JetBlockConfig",
+    "KimiDelta",
+    "KimiDeltaConfig",
+    "Lightning",
+    "LightningConfig",
     "LinearAttention",
     "LinearAttentionConfig",
     "LinearMixer",

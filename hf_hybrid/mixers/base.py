@@ -62,6 +62,8 @@ class LinearMixer(nn.Module, ABC):
 
     config_class: ClassVar[type[MixerConfig]]
     supports_bidirectional: ClassVar[bool] = False
+    # the part left out on purpose, of a mixer that has both: "window", "state" or None
+    ablated: str | None = None
 
     def __init__(
         self,
@@ -91,8 +93,19 @@ class LinearMixer(nn.Module, ABC):
         """Set every parameter to its starting value, in place and under `no_grad`. Called once, on real (not meta) tensors."""
 
     @abstractmethod
-    def mix(self, query, key, value, hidden_states, *, valid, state) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """One unpacked stretch of tokens, `valid` always given. What a mixer implements; called by `forward`."""
+    def mix(
+        self, query, key, value, hidden_states, *, valid, state, inplace_final_state
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """One unpacked stretch of tokens; `valid` is `None` where all of them exist. What a mixer implements; called by `forward`."""
+
+    def has_window_and_state(self) -> bool:
+        return bool(getattr(self, "window_size", 0)) and self.config_class.name != "sliding_window"
+
+    def active_parts(self) -> tuple[str, ...]:
+        """Which parts of the mixer run: `"window"` and `"state"`, those it has, without the one that is `ablated`."""
+        if not getattr(self, "window_size", 0):
+            return ("state",)
+        return tuple(part for part in ("window", "state") if part != self.ablated)
 
     def forward(
         self,
@@ -105,6 +118,7 @@ class LinearMixer(nn.Module, ABC):
         segments: torch.Tensor | None = None,
         state: tuple[torch.Tensor, ...] | None = None,
         output_final_state: bool = False,
+        inplace_final_state: bool = False,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """
         Args:
@@ -115,22 +129,28 @@ class LinearMixer(nn.Module, ABC):
             segments (`torch.Tensor`, *optional*): int `[B, T]`, packed sequence of each token, never decreasing along T.
             state (`tuple`, *optional*): What the previous call returned for these sequences.
             output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
+            inplace_final_state (`bool`, *optional*, defaults to `False`): Allow a one-token call to overwrite the tensors of `state`, which
+                saves the copy. Not under autograd.
 
         Returns:
             `(output, state)`: `[B, T, H, V]` in the query's dtype, and a tuple of tensors (batch first) or `None`.
         """
         with torch.autocast(query.device.type, enabled=False):  # autocast would round the fp32 state
-            if valid is None:
-                valid = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
+            if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+                valid = None  # the ops have a shorter way; on other devices looking would cost more than it saves
             if segments is not None:
                 return self._mix_packed(query, key, value, hidden_states, valid, segments, state, output_final_state)
-            output, final_state = self.mix(query, key, value, hidden_states, valid=valid, state=state)
+            output, final_state = self.mix(
+                query, key, value, hidden_states, valid=valid, state=state, inplace_final_state=inplace_final_state
+            )
         return output, (final_state if output_final_state else None)
 
     def _mix_packed(self, query, key, value, hidden_states, valid, segments, state, output_final_state):
         """Give every packed sequence a row of its own, mix, and put the tokens back. Exact for every mixer."""
         if state is not None:
             raise HybridConfigError(f"{self.config_class.name}: packed sequences cannot continue a cached state.")
+        if valid is None:
+            valid = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
         batch, length = segments.shape
         sequence = (
             torch.cat([segments.new_ones(batch, 1), segments[:, 1:] != segments[:, :-1]], dim=1).view(-1).cumsum(0) - 1
@@ -147,6 +167,7 @@ class LinearMixer(nn.Module, ABC):
             None if hidden_states is None else unpack(hidden_states),
             valid=unpack(valid),
             state=None,
+            inplace_final_state=False,
         )
         output = output[sequence, column].unflatten(0, (batch, length))
         if not output_final_state:
@@ -216,3 +237,23 @@ def check_int(where: str, name: str, value, least: int) -> None:
     """Shared check of the mixers' integer settings."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise HybridConfigError(f"{where}: {name} must be an integer >= {least}; got {value!r}.")
+
+
+def check_bool(where: str, name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise HybridConfigError(f"{where}: {name} must be True or False; got {value!r}.")
+
+
+def check_window(config, least: int = 0) -> None:
+    """Shared check of `window_size` and `num_sink_tokens`. Without a window there is nothing for sinks to stand beside."""
+    check_int(config.name, "window_size", config.window_size, least)
+    check_int(config.name, "num_sink_tokens", config.num_sink_tokens, 0)
+    if not config.window_size:
+        object.__setattr__(config, "num_sink_tokens", 0)
+
+
+def check_gated(config) -> None:
+    """Shared check of the settings of every mixer with an [`OutputStage`]."""
+    check_window(config)
+    check_bool(config.name, "output_gate", config.output_gate)
+    check_int(config.name, "gate_rank", config.gate_rank, 1)

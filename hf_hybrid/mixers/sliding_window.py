@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from ..ops import sliding_window
-from .base import LinearMixer, MixerConfig, check_int, register_mixer
-from .window import WindowState, advance_window, empty_window
+from ..ops import WindowState, window_attention
+from .base import LinearMixer, MixerConfig, check_window, register_mixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +19,7 @@ class SlidingWindowConfig(MixerConfig):
     num_sink_tokens: int = 4
 
     def __post_init__(self):
-        check_int(self.name, "window_size", self.window_size, 1)
-        check_int(self.name, "num_sink_tokens", self.num_sink_tokens, 0)
+        check_window(self, least=1)
 
 
 @register_mixer
@@ -31,7 +29,7 @@ class SlidingWindow(LinearMixer):
     `num_sink_tokens`. Keys keep the rotary positions they had in the sequence.
 
     Reference: [StreamingLLM](https://huggingface.co/papers/2309.17453). Differs from the paper: positions are the original ones, not
-    positions within the cache. State: [`WindowState`].
+    positions within the cache. State: key, value, visible and counts of a [`WindowState`].
 
     Args:
         window_size (`int`): Tokens in the window, the current one included.
@@ -47,10 +45,9 @@ class SlidingWindow(LinearMixer):
     def init_weights(self) -> None:
         pass
 
-    def mix(self, query, key, value, hidden_states, *, valid, state):
-        state = WindowState(*state) if state else empty_window(key, value, self.window_size, self.num_sink_tokens)
-        inputs, final_state = advance_window(key, value, valid, state)
-        numerator, denominator = sliding_window(
-            query, **inputs._asdict(), window_size=self.window_size, scale=self.head_dim**-0.5
-        )
-        return (numerator / denominator.clamp_min(1e-30)).to(query.dtype), tuple(final_state)
+    def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
+        output, final = window_attention(
+            query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.head_dim**-0.5,
+            valid=valid, state=WindowState(*state, None) if state else None, inplace_final_state=inplace_final_state,
+        )  # fmt: skip
+        return output, tuple(final[:4])

@@ -1,6 +1,23 @@
 """The recurrences of the mixers, each in several forms with one signature: naive, chunkwise, one-token, fla."""
 
-from .dispatch import fast_fp32_matmul, linear_attention, sliding_window
+from .dispatch import (
+    bidirectional_linear_attention,
+    gated_delta_rule,
+    gated_linear_attention,
+    linear_attention,
+    window_attention,
+)
+from .matmul import fast_fp32_matmul
+from .naive import LinearPart, WindowState
 
 
-__all__ = ["fast_fp32_matmul", "linear_attention", "sliding_window"]
+__all__ = [
+    "LinearPart",
+    "WindowState",
+    "bidirectional_linear_attention",
+    "fast_fp32_matmul",
+    "gated_delta_rule",
+    "gated_linear_attention",
+    "linear_attention",
+    "window_attention",
+]

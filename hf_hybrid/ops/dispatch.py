@@ -4,7 +4,6 @@ Same signatures as `naive`. The choice is made once per process, from `HF_HYBRID
 installed and the tensors are on CUDA), and can be overridden per call with `backend=`.
 """
 
-import contextlib
 import functools
 import importlib.util
 import os
@@ -12,11 +11,75 @@ import os
 import torch
 
 from ..errors import HybridConfigError, MissingDependencyError, closest
-from .chunk import chunk_linear_attention, chunk_sliding_window
-from .step import step_linear_attention, step_sliding_window
+from . import chunk, step
+from .naive import TINY
 
 
 BACKENDS = ("torch", "fla")
+
+
+def linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
+    """[`naive.naive_linear_attention`], in the fastest form that fits: one token, fla kernel or chunkwise torch."""
+    if query.shape[1] == 1:
+        inplace = inplace_final_state and kwargs.get("initial_state") is not None
+        return step.step_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
+    if choose_backend(backend, query) == "fla":
+        return _fla_linear_attention(query, key, value, **kwargs)
+    return chunk.chunk_linear_attention(query, key, value, **kwargs)
+
+
+def bidirectional_linear_attention(query, key, value, **kwargs):
+    """[`naive.naive_bidirectional_linear_attention`]: two products, for which torch needs no kernel of fla."""
+    return chunk.bidirectional_linear_attention(query, key, value, **kwargs)
+
+
+def gated_linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
+    """[`naive.naive_gated_linear_attention`], in the fastest form that fits."""
+    if query.shape[1] == 1:
+        inplace = inplace_final_state and kwargs.get("initial_state") is not None
+        return step.step_gated_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
+    if choose_backend(backend, query) == "fla":
+        return _fla_gated_linear_attention(query, key, value, **kwargs)
+    return chunk.chunk_gated_linear_attention(query, key, value, **kwargs)
+
+
+# Up to here a loop over single tokens is faster than preparing a chunk of the delta rule.
+LONGEST_DELTA_LOOP = 8
+
+
+def gated_delta_rule(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
+    """[`naive.naive_gated_delta_rule`], in the fastest form that fits."""
+    if query.shape[1] == 1:
+        inplace = inplace_final_state and kwargs.get("initial_state") is not None
+        return step.step_gated_delta_rule(query, key, value, inplace_final_state=inplace, **kwargs)
+    if choose_backend(backend, query) == "fla":
+        return _fla_gated_delta_rule(query, key, value, **kwargs)
+    return chunk.chunk_gated_delta_rule(query, key, value, **kwargs)
+
+
+def window_attention(query, key, value, *, inplace_final_state=False, state=None, valid=None, num_sinks, **kwargs):
+    """[`naive.naive_window_attention`], in the form that fits the number of new tokens."""
+    if query.shape[1] == 1 and valid is None and state is not None and _can_step(state, num_sinks, kwargs["window_size"], query):
+        return step.step_window_attention(
+            query, key, value, state=state, num_sinks=num_sinks, inplace_final_state=inplace_final_state, **kwargs
+        )
+    return chunk.chunk_window_attention(query, key, value, state=state, valid=valid, num_sinks=num_sinks, **kwargs)
+
+
+def _can_step(state, num_sinks, window_size, query) -> bool:
+    # a compiled graph cannot look into the state; on a GPU looking would wait for it
+    if torch.compiler.is_compiling() or not query.device.type == "cpu":
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or any(x is not None and x.requires_grad for x in state)):
+        return False
+    return state.is_settled(num_sinks, window_size)
+
+
+def choose_backend(backend: str | None, x: torch.Tensor) -> str:
+    """`backend` if given (checked), else the environment's choice, else what fits `x`."""
+    if backend is not None and backend not in BACKENDS:
+        raise HybridConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{closest(str(backend), BACKENDS)}")
+    return backend or requested_backend() or ("fla" if x.is_cuda and fla_is_available() else "torch")
 
 
 @functools.cache
@@ -39,69 +102,3 @@ def requested_backend() -> str | None:
 @functools.cache
 def fla_is_available() -> bool:
     return importlib.util.find_spec("fla") is not None
-
-
-def linear_attention(query, key, value, *, initial_state=None, output_final_state=False, normalize=True, backend=None):
-    """[`naive.naive_linear_attention`], in the fastest form that fits: one-token, fla kernel or chunkwise torch."""
-    kwargs = {"initial_state": initial_state, "output_final_state": output_final_state, "normalize": normalize}
-    if query.shape[1] == 1:
-        return step_linear_attention(query, key, value, **kwargs)
-    backend = backend or requested_backend() or ("fla" if query.is_cuda and fla_is_available() else "torch")
-    if backend == "fla":
-        return _fla_linear_attention(query, key, value, **kwargs)
-    return chunk_linear_attention(query, key, value, **kwargs)
-
-
-def sliding_window(query, key, value, **kwargs):
-    """[`naive.naive_sliding_window`], in the form that fits the number of new tokens."""
-    form = step_sliding_window if query.shape[1] == 1 else chunk_sliding_window
-    return form(query, key, value, **kwargs)
-
-
-def _fla_linear_attention(query, key, value, *, initial_state, output_final_state, normalize):
-    """Maps our arguments to `fla.ops.linear_attn.chunk_linear_attn`: `[B, T, H, K]`, equal head counts, explicit scale 1.
-
-    The ones column of the value carries the normaliser, so that fla's own (which adds an epsilon) stays off.
-    """
-    from fla.ops.linear_attn import chunk_linear_attn
-
-    groups = query.shape[2] // key.shape[2]
-    value = torch.nn.functional.pad(value, (0, 1), value=1.0)
-    key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-    if initial_state is not None:
-        initial_state = initial_state.repeat_interleave(groups, dim=1).contiguous()
-    output, state = chunk_linear_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(), scale=1.0, initial_state=initial_state,
-        output_final_state=output_final_state, normalize=False,
-    )  # fmt: skip
-    if normalize:
-        output = (output[..., :-1].float() / output[..., -1:].float().clamp_min(1e-30)).to(query.dtype)
-    return output, (state[:, ::groups] if output_final_state else None)
-
-
-@contextlib.contextmanager
-def fast_fp32_matmul():
-    """
-    Let fp32 matrix products on an AVX-512 CPU run through oneDNN instead of MKL: 1.6-1.9x faster on AMD, still computed in fp32.
-
-    Process-wide while it is active, restored on exit even if an exception passes. Does nothing without AVX-512, and nothing with
-    AMX, where the same switch would round the operands to bfloat16.
-    """
-    backend = torch.backends.mkldnn.matmul
-    if not (hasattr(backend, "fp32_precision") and _avx512_without_amx()):
-        yield
-        return
-    before = backend.fp32_precision
-    backend.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
-
-
-@functools.cache
-def _avx512_without_amx() -> bool:
-    cpu = torch.cpu
-    has_avx512 = getattr(cpu, "_is_avx512_supported", lambda: False)()
-    has_amx = getattr(cpu, "_is_amx_tile_supported", lambda: True)()
-    return bool(has_avx512 and not has_amx)

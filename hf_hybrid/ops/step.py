@@ -1,31 +1,135 @@
-"""One-token forms for decoding: no chunks, no padding, nothing that depends on how many tokens came before."""
+"""One-token forms for decoding: no chunks, no padding, nothing that depends on how many tokens came before.
+
+With `inplace_final_state=True` the given state is overwritten rather than copied: half the memory traffic of a decode step. Not for a state
+that is still needed, nor under autograd. At this size calls cost more than arithmetic: every line is there for fewer of them. One-row products are faster through MKL, so the fp32 switch of `matmul` stays off.
+"""
 
 import torch
+from torch.nn import functional as F
+
+from .naive import TINY, WindowState
 
 
-def step_linear_attention(query, key, value, *, initial_state=None, output_final_state=False, normalize=True):
+def step_linear_attention(
+    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
+    normalize=True, inplace_final_state=False,
+):  # fmt: skip
     """[`naive_linear_attention`] for `T = 1`: same arguments, shapes and results."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    num_kv_heads = key.shape[2]
-    column = torch.nn.functional.pad(value[:, 0].to(wide), (0, 1), value=1.0)  # [B, H_kv, V + 1]
-    state = key[:, 0].to(wide).unsqueeze(-1) * column.unsqueeze(-2)
-    if initial_state is not None:
-        state = state + initial_state
-    output = torch.matmul(query[:, 0].to(wide).unflatten(1, (num_kv_heads, -1)), state).flatten(1, 2).unsqueeze(1)
+    batch, _, num_heads, key_dim = query.shape
+    num_kv_heads, value_dim = value.shape[2:]
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    num_states = batch * num_kv_heads
+    rows, columns = _features(feature_map_q, query), _features(feature_map_k, key)
+    if valid is not None:
+        columns = columns * valid[..., None, None]
+    if dtype != wide:
+        rows, columns, value = rows.to(wide), columns.to(wide), value.to(wide)
+    written = torch.constant_pad_nd(value, (0, 1), 1.0).view(num_states, 1, -1)
+    columns = columns.reshape(num_states, -1, 1)
+    if initial_state is None:
+        state = columns * written
+    else:
+        state = initial_state.view(num_states, -1, value_dim + 1)
+        state = state.addcmul_(columns, written) if inplace_final_state else torch.addcmul(state, columns, written)
+    mixed = torch.bmm(rows.reshape(num_states, num_heads // num_kv_heads, -1), state).view(batch, 1, num_heads, -1)
     if normalize:
-        output = output[..., :-1] / output[..., -1:].clamp_min(1e-30)
-    return output.to(query.dtype), (state if output_final_state else None)
+        # a weight of zero has a total of zero above it
+        mixed = mixed[..., :value_dim] / mixed[..., value_dim:].clamp_min(TINY)
+    if dtype != wide:
+        mixed = mixed.to(dtype)
+    if inplace_final_state:
+        return mixed, initial_state
+    return mixed, (state.view(batch, num_kv_heads, -1, value_dim + 1) if output_final_state else None)
 
 
-def step_sliding_window(query, key, value, *, valid, sink_key, sink_value, sink_position, window_size, scale):
-    """[`naive_sliding_window`] for `T = 1`: same arguments, shapes and results."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    rows = query[:, 0].to(wide).unflatten(1, (key.shape[2], -1)) * scale  # [B, H_kv, G, K]
-    keys = torch.cat([sink_key, key[:, 1:]], dim=1).to(wide).transpose(1, 2)  # [B, H_kv, S + W, K]
-    values = torch.cat([sink_value, value[:, 1:]], dim=1).to(wide).transpose(1, 2)
-    seen = torch.cat([sink_position <= 0, valid[:, 1:]], dim=1)[:, None, None]
-    scores = torch.matmul(rows, keys.transpose(-1, -2)).masked_fill(~seen, float("-inf"))
-    row_max = scores.amax(-1, keepdim=True)
-    weights = (scores - row_max.masked_fill(row_max.isinf(), 0.0)).exp()
-    numerator = torch.matmul(weights, values).flatten(1, 2).unsqueeze(1)
-    return numerator, weights.sum(-1, keepdim=True).flatten(1, 2).unsqueeze(1)
+def _features(feature_map, x):
+    """`[B, 1, H, K]` -> `[B, 1, H, F]`."""
+    return x if feature_map is None else feature_map.step_features(x)
+
+
+def step_gated_linear_attention(
+    query, key, value, *, decay, scale, initial_state=None, output_final_state=False, inplace_final_state=False
+):
+    """[`naive_gated_linear_attention`] for `T = 1`: same arguments, shapes and results."""
+    return step_gated_delta_rule(
+        query, key, value, decay=decay, beta=None, scale=scale, initial_state=initial_state,
+        output_final_state=output_final_state, inplace_final_state=inplace_final_state,
+    )  # fmt: skip
+
+
+def step_gated_delta_rule(
+    query, key, value, *, decay, beta, scale, qk_l2norm=False, initial_state=None, output_final_state=False,
+    inplace_final_state=False,
+):  # fmt: skip
+    """[`naive_gated_delta_rule`] for `T = 1`: same arguments, shapes and results."""
+    batch, _, num_heads, key_dim = query.shape
+    num_kv_heads, value_dim = value.shape[2:]
+    per_row, dtype = decay.shape[2], query.dtype
+    num_states, wide = batch * per_row, torch.promote_types(dtype, torch.float32)
+    if dtype != wide:
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    if per_row != num_kv_heads:
+        key, value = (x.repeat_interleave(per_row // num_kv_heads, dim=2) for x in (key, value))
+    rows = query.reshape(num_states, num_heads // per_row, key_dim)
+    columns, written = key.reshape(num_states, 1, key_dim), value.reshape(num_states, 1, value_dim)
+    if qk_l2norm:
+        # `l2_normalized` of both in fewer calls: the epsilon is the square of one more coordinate
+        both = torch.cat([rows, columns], dim=1)
+        both = both / torch.linalg.vector_norm(torch.constant_pad_nd(both, (0, 1), 1e-3), dim=-1, keepdim=True)
+        rows, columns = both[:, :-1], both[:, -1:]
+    kept = decay.to(wide).exp().view(num_states, -1, 1)  # [R, 1 or K, 1]
+    if initial_state is None:
+        state = columns.new_zeros(num_states, key_dim, value_dim)
+    else:
+        state = initial_state.view(num_states, key_dim, value_dim)
+        state = state.mul_(kept) if inplace_final_state else state * kept
+    if beta is not None:
+        written = (written - torch.bmm(columns, state)) * beta.to(wide).view(num_states, 1, 1)
+    columns = columns.transpose(1, 2)
+    state = state.addcmul_(columns, written) if inplace_final_state else torch.addcmul(state, columns, written)
+    mixed = torch.bmm(rows, state).mul_(scale).view(batch, 1, num_heads, value_dim)
+    if dtype != wide:
+        mixed = mixed.to(dtype)
+    if inplace_final_state:
+        return mixed, initial_state
+    return mixed, (state.view(batch, per_row, key_dim, value_dim) if output_final_state else None)
+
+
+def step_window_attention(query, key, value, *, window_size, num_sinks, scale, state, linear=None, inplace_final_state=False):
+    """
+    [`naive_window_attention`] for `T = 1`, no padding, and a settled `state` (see [`WindowState.is_settled`]): same arguments, shapes and
+    results. The window is a ring: the new token takes the place of the oldest, and the softmax does not mind the order.
+    """
+    batch, _, num_heads, key_dim = query.shape
+    num_kv_heads, value_dim = value.shape[2:]
+    num_states, groups, slots = batch * num_kv_heads, num_heads // num_kv_heads, num_sinks + window_size
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    if not inplace_final_state:
+        state = WindowState(*(None if x is None else x.clone() for x in state))
+    cursor = int(state.counts[0, 0])
+    place = slice(num_sinks + cursor, num_sinks + cursor + 1)
+    old_key, old_value = state.key[:, :, place], state.value[:, :, place]
+    if linear is not None:
+        columns = linear.feature_map_k.step_features(old_key.transpose(1, 2).to(dtype)).to(wide).reshape(num_states, -1, 1)
+        written = F.pad(old_value.to(wide), (0, 1), value=1.0).view(num_states, 1, value_dim + 1)
+        recurrent = state.recurrent.view(num_states, -1, value_dim + 1).addcmul_(columns, written)
+        features = _features(linear.feature_map_q, query).to(wide).reshape(num_states, groups, -1)
+        mixed = torch.bmm(features, recurrent)
+    old_key.copy_(key.transpose(1, 2))
+    old_value.copy_(value.transpose(1, 2))
+    state.counts[:, 0] = (cursor + 1) % window_size
+
+    rows = query.reshape(num_states, groups, key_dim)
+    all_keys, all_values = state.key.view(num_states, slots, key_dim), state.value.view(num_states, slots, value_dim)
+    if dtype != wide:
+        rows, all_keys, all_values = rows.to(wide), all_keys.to(wide), all_values.to(wide)
+    weights = torch.bmm(rows, all_keys.transpose(1, 2)).mul_(scale).softmax(-1)
+    output = torch.bmm(weights, all_values)
+    if linear is not None:
+        # the largest of the weights e^(s - m) is 1; what the softmax leaves of it is 1 / sum
+        share = linear.log_weight.to(wide).exp().view(num_kv_heads, groups, 1)
+        share = share * weights.amax(-1, keepdim=True).view(batch, num_kv_heads, groups, 1)
+        mixed = mixed.mul_(share.view(num_states, groups, 1))
+        output = (output + mixed[..., :value_dim]) / (mixed[..., value_dim:] + 1.0)
+    output = output.view(batch, 1, num_heads, value_dim)
+    return (output if dtype == wide else output.to(dtype)), state

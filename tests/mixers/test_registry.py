@@ -9,12 +9,14 @@ from hf_hybrid.mixers.feature_maps import FeatureMap, get_feature_map
 
 
 def test_names_are_listed():
-    assert list_mixers() == ["linear_attention", "sliding_window"]
-    assert list_feature_maps() == ["elu", "hedgehog", "relu"]
+    assert list_mixers() == [
+        "gated_delta_net", "gla", "identity", "jet_block", "kimi_delta", "lightning", "linear_attention", "sliding_window",
+    ]  # fmt: skip
+    assert list_feature_maps() == ["dpfp", "elu", "hedgehog", "relu", "softmax", "taylor"]
 
 
 def test_an_unknown_mixer_lists_the_closest():
-    with pytest.raises(UnknownMixerError, match=r"got 'linear_atention'. Did you mean 'linear_attention'\?"):
+    with pytest.raises(UnknownMixerError, match=r"got 'linear_atention'. Did you mean 'linear_attention'"):
         get_mixer("linear_atention")
     with pytest.raises(HybridConfigError, match=r"got 'hedgehogg'. Did you mean 'hedgehog'\?"):
         get_feature_map("hedgehogg")
@@ -35,7 +37,7 @@ def test_a_config_survives_its_dict():
         ({"window_size": -1}, "linear_attention: window_size must be an integer >= 0; got -1"),
         ({"num_sink_tokens": 1.5}, "num_sink_tokens must be an integer >= 0; got 1.5"),
         ({"feature_dim": 0}, "feature_dim must be an integer >= 1; got 0"),
-        ({"feature_map": "gelu"}, "feature_map must be one of elu, hedgehog, relu; got 'gelu'"),
+        ({"feature_map": "gelu"}, "feature_map must be one of dpfp, elu, hedgehog, relu, softmax, taylor; got 'gelu'"),
     ],
 )
 def test_settings_are_checked_when_set(settings, message):

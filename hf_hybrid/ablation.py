@@ -1,0 +1,88 @@
+"""How much of a window mixer's output comes from its state. A mixer that ignores its state is a sliding window in disguise."""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .errors import HybridConfigError
+from .mixers import LinearMixer
+
+
+def _window_mixers(model: nn.Module) -> dict[str, LinearMixer]:
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LinearMixer) and m.has_window_and_state()}
+    if not found:
+        raise HybridConfigError("The model has no mixer with both a window and a state: there is nothing to take apart.")
+    return found
+
+
+@contextlib.contextmanager
+def ablate(model: nn.Module, part: str):
+    """
+    For the duration of the block, every mixer with a window and a state runs without one of them.
+
+    Args:
+        model (`nn.Module`): A hybrid.
+        part (`str`): `"state"`: only the window and the sinks are left, as in `sliding_window`. `"window"`: only the recurrence is left,
+            and takes in every token at once.
+
+    Raises:
+        HybridConfigError: If `part` is neither, or no mixer has both.
+    """
+    if part not in ("state", "window"):
+        raise HybridConfigError(f"ablate: part must be 'state' or 'window'; got {part!r}.")
+    mixers = _window_mixers(model)
+    before = {name: mixer.ablated for name, mixer in mixers.items()}
+    for mixer in mixers.values():
+        mixer.ablated = part
+    try:
+        yield model
+    finally:
+        for name, mixer in mixers.items():
+            mixer.ablated = before[name]
+
+
+def state_share(model: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
+    """
+    Share of each mixer's output that comes from its state: $\\lVert y - y_{window} \\rVert / \\lVert y \\rVert$ over all tokens of the
+    batches, each layer on its own inputs. 0 is a sliding window in disguise; above 1 the two halves work against each other.
+
+    Args:
+        model (`nn.Module`): A hybrid in eval mode.
+        batches (`Iterable[dict]`): Inputs of the model.
+
+    Returns:
+        `dict[str, float]`: By the mixer's name in the model.
+    """
+    mixers = _window_mixers(model)
+    sums = {name: [0.0, 0.0] for name in mixers}
+
+    def hook_of(name):
+        def hook(mixer, args, kwargs, result):
+            if mixer.ablated is not None:
+                return
+            kwargs = {**kwargs, "inplace_final_state": False, "output_final_state": False}
+            mixer.ablated = "state"
+            try:
+                without = mixer(*args, **kwargs)[0]
+            finally:
+                mixer.ablated = None
+            output, valid = result[0].double(), kwargs.get("valid")
+            difference = output - without.double()
+            if valid is not None:
+                output, difference = (x * valid[..., None, None] for x in (output, difference))
+            sums[name][0] += difference.square().sum().item()
+            sums[name][1] += output.square().sum().item()
+
+        return hook
+
+    handles = [mixer.register_forward_hook(hook_of(name), with_kwargs=True) for name, mixer in mixers.items()]
+    try:
+        for batch in batches:
+            with torch.no_grad():
+                model(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (part / whole) ** 0.5 if whole else 0.0 for name, (part, whole) in sums.items()}

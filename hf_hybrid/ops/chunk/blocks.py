@@ -1,0 +1,39 @@
+"""How a sequence is cut: blocks of chunks, and the running state over them."""
+
+import torch
+
+
+# Matrices per batched product, over sequences, key-value heads and chunks: enough to drown dispatch, few enough to stay in cache.
+BLOCK_MATRICES = 24
+
+
+def blocks(length: int, chunk_size: int, num_states: int):
+    """`(start, stop, tokens per chunk)` of every block: whole chunks, then what is left as one short chunk."""
+    whole = length - length % chunk_size
+    step = max(1, BLOCK_MATRICES // num_states) * chunk_size
+    for start in range(0, whole, step):
+        yield start, min(start + step, whole), chunk_size
+    if whole < length:
+        yield whole, length, length - whole
+
+
+def by_chunk(x, start, stop, size):
+    """`[B, T, H, K]` -> view `[B, N, H, C, K]` of the tokens from `start` to `stop`."""
+    return x[:, start:stop].view(x.shape[0], -1, size, *x.shape[2:]).transpose(2, 3)
+
+
+def running_states(state, increments, dtype):
+    """
+    States before each chunk, `[B, N, H, F, V]` in `dtype`, and after the last, fp32 or wider. Summed from the front, never "total minus
+    own": the difference of two large sums would cost digits. `state` `[B, H, F, V]` or `None`; `increments` `[B, N, H, F, V]`.
+    """
+    states = increments.new_empty(increments.shape, dtype=dtype)
+    wide = torch.promote_types(increments.dtype, torch.float32)
+    for chunk in range(increments.shape[1]):
+        if state is None:
+            states[:, chunk] = 0.0
+            state = increments[:, chunk].to(wide)
+        else:
+            states[:, chunk] = state
+            state = state + increments[:, chunk]
+    return states, state
