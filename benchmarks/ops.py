@@ -129,18 +129,17 @@ class Problem:
         key, value = (self.key, self.value) if heads == KV_HEADS else (self.full_key, self.full_value)
         return gated_linear_attention(self.query, key, value, decay=self.fixed_decay[heads], scale=SCALE)[0]
 
-    def gla(self, sub_chunk_size):
-        from hf_hybrid.ops.chunk import chunk_gated_linear_attention
-
-        return chunk_gated_linear_attention(
-            self.query, self.key, self.value, decay=self.channel_decay, scale=SCALE, sub_chunk_size=sub_chunk_size
+    def gla(self, min_decay=-1.0):
+        return gated_linear_attention(
+            self.query, self.key, self.value, decay=self.channel_decay, scale=SCALE, min_decay=min_decay
         )[0]
 
     def delta(self, heads=KV_HEADS, channels=False):
         key, value = (self.key, self.value) if heads == KV_HEADS else (self.full_key, self.full_value)
         decay = self.channel_decay if channels else self.decay[heads]
         return gated_delta_rule(
-            self.query, key, value, decay=decay, beta=self.beta[heads], scale=SCALE, qk_l2norm=True
+            self.query, key, value, decay=decay, beta=self.beta[heads], scale=SCALE, qk_l2norm=True,
+            min_decay=-5.0 if channels else None,
         )[0]
 
     def hf_delta(self):
@@ -163,8 +162,8 @@ class Problem:
             "sliding_window": lambda: self.window(linear=False),
             "lightning": self.lightning,
             "lightning/equal_heads": lambda: self.lightning(HEADS),
-            "gla": lambda: self.gla(None),
-            "gla/safe": lambda: self.gla(16),
+            "gla": self.gla,
+            "gla/safe": lambda: self.gla(min_decay=-4.0),
             "gated_delta_net": self.delta,
             "gated_delta_net/equal_heads": lambda: self.delta(HEADS),
             "kimi_delta": lambda: self.delta(channels=True),
@@ -267,7 +266,7 @@ def train(length, rounds):
             "linear_attention/hedgehog": lambda problem=problem: problem.linear("hedgehog"),
             "linear_attention/hedgehog+window": problem.window,
             "lightning": problem.lightning,
-            "gla": lambda problem=problem: problem.gla(None),
+            "gla": problem.gla,
             "gated_delta_net": problem.delta,
             "gated_delta_net/equal_heads": lambda problem=problem: problem.delta(HEADS),
             "kimi_delta": lambda problem=problem: problem.delta(channels=True),

@@ -73,7 +73,7 @@ class DistillSite(nn.Module):
 class _LossRecord:
     """Collects the local losses of one forward."""
 
-    def __init__(self, valid: torch.Tensor | None, recompute: bool, window_dropout: float):
+    def __init__(self, valid: torch.Tensor | None, recompute: bool, window_dropout: float = 0.0):
         self.valid, self.recompute, self.window_dropout, self.losses = valid, recompute, window_dropout, []
 
     def add(self, site: DistillSite, teacher_output, args, kwargs):

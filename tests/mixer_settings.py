@@ -36,4 +36,6 @@ MIXERS = {
     "identity": IdentityConfig(),
 }
 # one of each kind, for tests over hosts x mixers
-MAIN_MIXERS = ("sliding_window", "linear_attention", "linear_attention-no_window")
+MAIN_MIXERS = (
+    "sliding_window", "linear_attention", "linear_attention-no_window", "lightning", "gla", "gated_delta_net", "jet_block",
+)  # fmt: skip

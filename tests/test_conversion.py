@@ -384,9 +384,28 @@ def test_a_bidirectional_family_is_refused_before_anything_changes():
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
     )
     model = BertForMaskedLM(config)
-    with pytest.raises(HybridConfigError, match="linear_attention has no bidirectional form"):
-        convert_to_hybrid(model)
+    with pytest.raises(HybridConfigError, match="gated_delta_net has no bidirectional form"):
+        convert_to_hybrid(model, "gated_delta_net")
     assert type(model) is BertForMaskedLM
+
+
+def test_an_encoder_becomes_linear_and_comes_back(tmp_path):
+    from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    model = convert_to_hybrid(BertForMaskedLM(config).eval())
+    tokens = torch.randint(5, 99, (2, 12))
+    mask = torch.ones_like(tokens)
+    mask[0, 8:] = 0
+    with torch.no_grad():
+        output = model(tokens, attention_mask=mask).logits
+        alone = model(tokens[:1, :8]).logits
+    assert_close("padding", output[:1, :8], alone, 1e-5)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(tokens, attention_mask=mask).logits, output)
 
 
 def test_what_a_linear_layer_loses_is_said_once():

@@ -37,7 +37,7 @@ class GLAConfig(MixerConfig):
 @register_mixer
 class GLA(LinearMixer):
     r"""
-    $S_t = \mathrm{diag}(\alpha_t) S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\log \alpha_t = \tfrac{1}{16} \log \sigma(W_2 W_1 x_t + b)$; then
+    $S_t = \mathrm{diag}(\alpha_t) S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\log \alpha_t = \max(-1, \tfrac{1}{16} \log \sigma(W_2 W_1 x_t + b))$; then
     the [`OutputStage`].
 
     Reference: [GLA](https://huggingface.co/papers/2312.06635), section 4. Differs: queries, keys and values are the softmax layer's own, one
@@ -51,6 +51,8 @@ class GLA(LinearMixer):
 
     config_class = GLAConfig
     temperature = 16.0
+    # log-decays are kept above: trained gates stay far from it, and one product per chunk does
+    min_decay = -1.0
 
     def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, **sizes):
         super().__init__(**sizes)
@@ -79,8 +81,8 @@ class GLA(LinearMixer):
             decay = F.logsigmoid(self.decay(hidden_states)).unflatten(-1, (self.num_states, -1)) / self.temperature
             masked_key, decay = masked(valid, key, decay)
             recurrent, recurrent_state = gated_linear_attention(
-                query, masked_key, value, decay=decay, scale=self.head_dim**-0.5, initial_state=recurrent_state,
-                output_final_state=True, inplace_final_state=inplace_final_state,
+                query, masked_key, value, decay=decay, scale=self.head_dim**-0.5, min_decay=self.min_decay,
+                initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
             )  # fmt: skip
         output, window_state = self.output_stage(
             recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),

@@ -37,7 +37,7 @@ class KimiDeltaConfig(MixerConfig):
 class KimiDelta(LinearMixer):
     r"""
     $\tilde S_t = \mathrm{diag}(\alpha_t) S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with queries
-    and keys of length 1, $\log \alpha_t = -e^{A} \,\mathrm{softplus}(W_2 W_1 x_t + b)$ and $\beta_t = \sigma(w_\beta^\top x_t)$; then the [`OutputStage`].
+    and keys of length 1, $\log \alpha_t = \max(-5, -e^{A} \,\mathrm{softplus}(W_2 W_1 x_t + b))$ and $\beta_t = \sigma(w_\beta^\top x_t)$; then the [`OutputStage`].
 
     Reference: [Kimi Linear](https://huggingface.co/papers/2510.26692), eq. 1 and section 3. Differs: queries, keys and values are the softmax
     layer's own (no short convolution), one state per key-value head by default, the output gate starts at 1, and an exact window may stand
@@ -50,6 +50,8 @@ class KimiDelta(LinearMixer):
     """
 
     config_class = KimiDeltaConfig
+    # log-decays are kept above, as in the paper's own kernels: e^-5 forgets all but 0.7 %
+    min_decay = -5.0
 
     def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, **sizes):
         super().__init__(**sizes)
@@ -75,7 +77,7 @@ class KimiDelta(LinearMixer):
             decay, beta = self.gates(hidden_states, valid)
             recurrent, recurrent_state = gated_delta_rule(
                 query, key, value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True,
-                initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
+                min_decay=self.min_decay, initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
             )  # fmt: skip
         output, window_state = self.output_stage(
             recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),

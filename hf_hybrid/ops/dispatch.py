@@ -20,11 +20,11 @@ BACKENDS = ("torch", "fla")
 
 def linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
     """[`naive.naive_linear_attention`], in the fastest form that fits: one token, fla kernel or chunkwise torch."""
+    if choose_backend(backend, query) == "fla":
+        return _fla_linear_attention(query, key, value, **kwargs)
     if query.shape[1] == 1:
         inplace = inplace_final_state and kwargs.get("initial_state") is not None
         return step.step_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
-    if choose_backend(backend, query) == "fla":
-        return _fla_linear_attention(query, key, value, **kwargs)
     return chunk.chunk_linear_attention(query, key, value, **kwargs)
 
 
@@ -35,35 +35,35 @@ def bidirectional_linear_attention(query, key, value, **kwargs):
 
 def gated_linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
     """[`naive.naive_gated_linear_attention`], in the fastest form that fits."""
+    if choose_backend(backend, query) == "fla":
+        return _fla_gated(query, key, value, **kwargs)
     if query.shape[1] == 1:
         inplace = inplace_final_state and kwargs.get("initial_state") is not None
         return step.step_gated_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
-    if choose_backend(backend, query) == "fla":
-        return _fla_gated_linear_attention(query, key, value, **kwargs)
     return chunk.chunk_gated_linear_attention(query, key, value, **kwargs)
-
-
-# Up to here a loop over single tokens is faster than preparing a chunk of the delta rule.
-LONGEST_DELTA_LOOP = 8
 
 
 def gated_delta_rule(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
     """[`naive.naive_gated_delta_rule`], in the fastest form that fits."""
+    if choose_backend(backend, query) == "fla":
+        return _fla_gated(query, key, value, **kwargs)
     if query.shape[1] == 1:
         inplace = inplace_final_state and kwargs.get("initial_state") is not None
         return step.step_gated_delta_rule(query, key, value, inplace_final_state=inplace, **kwargs)
-    if choose_backend(backend, query) == "fla":
-        return _fla_gated_delta_rule(query, key, value, **kwargs)
     return chunk.chunk_gated_delta_rule(query, key, value, **kwargs)
 
 
-def window_attention(query, key, value, *, inplace_final_state=False, state=None, valid=None, num_sinks, **kwargs):
-    """[`naive.naive_window_attention`], in the form that fits the number of new tokens."""
+def window_attention(query, key, value, *, inplace_final_state=False, state=None, valid=None, num_sinks, backend=None, **kwargs):
+    """[`naive.naive_window_attention`], in the form that fits the number of new tokens. The window is torch's everywhere; what is older is
+    fla's where fla is chosen."""
     if query.shape[1] == 1 and valid is None and state is not None and _can_step(state, num_sinks, kwargs["window_size"], query):
         return step.step_window_attention(
             query, key, value, state=state, num_sinks=num_sinks, inplace_final_state=inplace_final_state, **kwargs
         )
-    return chunk.chunk_window_attention(query, key, value, state=state, valid=valid, num_sinks=num_sinks, **kwargs)
+    linear_form = functools.partial(linear_attention, backend=choose_backend(backend, query))
+    return chunk.chunk_window_attention(
+        query, key, value, state=state, valid=valid, num_sinks=num_sinks, linear_form=linear_form, **kwargs
+    )
 
 
 def _can_step(state, num_sinks, window_size, query) -> bool:
@@ -102,3 +102,83 @@ def requested_backend() -> str | None:
 @functools.cache
 def fla_is_available() -> bool:
     return importlib.util.find_spec("fla") is not None
+
+
+# fla wants one key-value head, and one state, per query head; ours are repeated for the call. Its kernels read and write `[B, T, H, K]` and
+# states `[B, H, K, V]` fp32, decay the state before they write and read it after, and take natural log-decays, which must be finite.
+
+
+def _fla_linear_attention(
+    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
+    normalize=True,
+):  # fmt: skip
+    """`fla.ops.linear_attn`, with the ones column of the value as normaliser: fla's own adds an epsilon, so it stays off."""
+    from fla.ops.linear_attn import chunk_linear_attn, fused_recurrent_linear_attn
+
+    if feature_map_q is not None:
+        query = feature_map_q(query.transpose(1, 2)).transpose(1, 2)
+    if feature_map_k is not None:
+        key = feature_map_k(key.transpose(1, 2)).transpose(1, 2)
+    if valid is not None:
+        key = key * valid[..., None, None].to(key.dtype)
+    value = torch.nn.functional.pad(value, (0, 1), value=1.0)
+    kernel = fused_recurrent_linear_attn if query.shape[1] == 1 else chunk_linear_attn
+    query, key, value, initial_state, groups = _per_query_head(query, key, value, initial_state, key.shape[2])
+    output, state = kernel(
+        query, key, value, scale=1.0, initial_state=initial_state, output_final_state=output_final_state, normalize=False
+    )
+    if normalize:
+        weight = output[..., -1:].float()
+        output = (output[..., :-1].float() / weight.masked_fill(weight <= TINY, torch.inf)).to(query.dtype)
+    return output, (state[:, ::groups] if output_final_state else None)
+
+
+# more than this is lost in fp32 anyway, and -inf would be NaN in some kernels
+STRONGEST_DECAY = -20.0
+
+
+def _fla_gated(
+    query, key, value, *, decay, scale, beta=None, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False
+):
+    """`fla.ops.simple_gla`, `gla`, `gated_delta_rule` and `kda`, by whether there is a `beta` and a decay per channel."""
+    per_channel, one_token = decay.ndim == 4, query.shape[1] == 1
+    groups_of_state = query.shape[2] // decay.shape[2]
+    strongest = STRONGEST_DECAY if min_decay is None else max(min_decay, STRONGEST_DECAY)
+    decay = decay.float().clamp_min(strongest).repeat_interleave(groups_of_state, dim=2).contiguous()
+    query, key, value, initial_state, groups = _per_query_head(query, key, value, initial_state, decay.shape[2] // groups_of_state)
+    kwargs = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
+    if beta is not None:
+        kwargs["beta"] = beta.float().repeat_interleave(groups_of_state, dim=2).contiguous()
+        kwargs["use_qk_l2norm_in_kernel"] = qk_l2norm
+    # the one-token kernels have no backward
+    step_form = one_token and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, decay)))
+    if beta is None and not per_channel:
+        from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+
+        output, state = (fused_recurrent_simple_gla if step_form else chunk_simple_gla)(query, key, value, g=decay, **kwargs)
+    elif beta is None:
+        from fla.ops.gla import chunk_gla, fused_recurrent_gla
+
+        if step_form:
+            output, state = fused_recurrent_gla(query, key, value, gk=decay, **kwargs)
+        else:
+            output, state = chunk_gla(query, key, value, g=decay, **kwargs)
+    elif not per_channel:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+        form = fused_recurrent_gated_delta_rule if step_form else chunk_gated_delta_rule
+        output, state = form(query, key, value, g=decay, **kwargs)
+    else:
+        from fla.ops.kda import chunk_kda, fused_recurrent_kda
+
+        output, state = (fused_recurrent_kda if step_form else chunk_kda)(query, key, value, g=decay, **kwargs)
+    return output.to(query.dtype), (state[:, ::groups] if output_final_state else None)
+
+
+def _per_query_head(query, key, value, initial_state, num_states):
+    """Everything with as many heads as the query, and how many query heads share one of the `num_states` states."""
+    groups = query.shape[2] // num_states
+    key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2).contiguous() for x in (key, value))
+    if initial_state is not None:
+        initial_state = initial_state.float().repeat_interleave(groups, dim=1).contiguous()
+    return query.contiguous(), key, value, initial_state, groups

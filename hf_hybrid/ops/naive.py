@@ -75,7 +75,9 @@ def naive_bidirectional_linear_attention(query, key, value, *, feature_map_q=Non
     return _normalized(output).to(query.dtype)
 
 
-def naive_gated_linear_attention(query, key, value, *, decay, scale, initial_state=None, output_final_state=False):
+def naive_gated_linear_attention(
+    query, key, value, *, decay, scale, min_decay=None, initial_state=None, output_final_state=False
+):
     r"""
     $S_t = \mathrm{diag}(e^{g_t}) S_{t-1} + k_t v_t^\top$, $o_t = \text{scale}\; S_t^\top q_t$.
 
@@ -88,6 +90,8 @@ def naive_gated_linear_attention(query, key, value, *, decay, scale, initial_sta
         decay (`torch.Tensor`): Log-decays $g \le 0$, `[B, T, H_s]` or `[B, T, H_s, K]`, with one state per key-value head
             (`H_s = H_kv`) or per query head (`H_s = H`).
         scale (`float`): Factor on the output.
+        min_decay (`float`, *optional*): Log-decays below are raised to it. The chunkwise form of decays per channel is the faster the
+            higher it is, see `chunk.gated`.
         initial_state (`torch.Tensor`, *optional*): `[B, H_s, K, V]`, fp32.
         output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
 
@@ -95,12 +99,13 @@ def naive_gated_linear_attention(query, key, value, *, decay, scale, initial_sta
         `(output, final_state)`: `[B, T, H, V]` in the query's dtype, and `[B, H_s, K, V]` fp32 or `None`.
     """
     return naive_gated_delta_rule(
-        query, key, value, decay=decay, beta=None, scale=scale, initial_state=initial_state, output_final_state=output_final_state
+        query, key, value, decay=decay, beta=None, scale=scale, min_decay=min_decay, initial_state=initial_state,
+        output_final_state=output_final_state,
     )  # fmt: skip
 
 
 def naive_gated_delta_rule(
-    query, key, value, *, decay, beta, scale, qk_l2norm=False, initial_state=None, output_final_state=False
+    query, key, value, *, decay, beta, scale, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False
 ):
     r"""
     $\tilde S_t = \mathrm{diag}(e^{g_t}) S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$, $o_t = \text{scale}\; S_t^\top q_t$.
@@ -112,7 +117,7 @@ def naive_gated_delta_rule(
         query, key (`torch.Tensor`): `[B, T, H, K]`, `[B, T, H_kv, K]`, keys of length at most 1.
         beta (`torch.Tensor`): Write strengths, `[B, T, H_s]`; 0 for a token that does not exist.
         qk_l2norm (`bool`, *optional*, defaults to `False`): Bring queries and keys to length 1 first.
-        value, decay, scale, initial_state, output_final_state: As in [`naive_gated_linear_attention`].
+        value, decay, scale, min_decay, initial_state, output_final_state: As in [`naive_gated_linear_attention`].
 
     Returns:
         As [`naive_gated_linear_attention`].
@@ -123,6 +128,8 @@ def naive_gated_delta_rule(
     num_states = decay.shape[2]
     key, value = (x.repeat_interleave(num_states // num_kv_heads, dim=2).to(wide) for x in (key, value))
     decay = decay.to(wide) if decay.ndim == 4 else decay.to(wide).unsqueeze(-1)
+    if min_decay is not None:
+        decay = decay.clamp_min(min_decay)
     if qk_l2norm:
         query, key = l2_normalized(query.to(wide)), l2_normalized(key)
     state = query.new_zeros(batch, num_states, key_dim, value_dim, dtype=wide)

@@ -48,17 +48,17 @@ def _features(feature_map, x):
 
 
 def step_gated_linear_attention(
-    query, key, value, *, decay, scale, initial_state=None, output_final_state=False, inplace_final_state=False
+    query, key, value, *, decay, scale, min_decay=None, initial_state=None, output_final_state=False, inplace_final_state=False
 ):
     """[`naive_gated_linear_attention`] for `T = 1`: same arguments, shapes and results."""
     return step_gated_delta_rule(
-        query, key, value, decay=decay, beta=None, scale=scale, initial_state=initial_state,
+        query, key, value, decay=decay, beta=None, scale=scale, min_decay=min_decay, initial_state=initial_state,
         output_final_state=output_final_state, inplace_final_state=inplace_final_state,
     )  # fmt: skip
 
 
 def step_gated_delta_rule(
-    query, key, value, *, decay, beta, scale, qk_l2norm=False, initial_state=None, output_final_state=False,
+    query, key, value, *, decay, beta, scale, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False,
     inplace_final_state=False,
 ):  # fmt: skip
     """[`naive_gated_delta_rule`] for `T = 1`: same arguments, shapes and results."""
@@ -77,6 +77,8 @@ def step_gated_delta_rule(
         both = torch.cat([rows, columns], dim=1)
         both = both / torch.linalg.vector_norm(torch.constant_pad_nd(both, (0, 1), 1e-3), dim=-1, keepdim=True)
         rows, columns = both[:, :-1], both[:, -1:]
+    if min_decay is not None:
+        decay = decay.clamp_min(min_decay)
     kept = decay.to(wide).exp().view(num_states, -1, 1)  # [R, 1 or K, 1]
     if initial_state is None:
         state = columns.new_zeros(num_states, key_dim, value_dim)

@@ -16,46 +16,46 @@ CHUNK_SIZE = 64
 # A log-decay below this forgets everything a float can hold; smaller ones would only cost digits of the cumulative sum.
 STRONGEST_HEAD_DECAY = -20.0
 STRONGEST_CHANNEL_DECAY = -16.0
+# The largest exponent of a rescaled key or query, far enough from the end of fp32 (88) for huge inputs and gradients.
+LARGEST_EXPONENT = 64.0
 
 
 def chunk_gated_linear_attention(
-    query, key, value, *, decay, scale, initial_state=None, output_final_state=False, chunk_size=CHUNK_SIZE, sub_chunk_size=None
+    query, key, value, *, decay, scale, min_decay=None, initial_state=None, output_final_state=False, chunk_size=CHUNK_SIZE
 ):
     """
     Chunkwise [`naive_gated_linear_attention`]: same arguments, shapes and results.
 
-    `sub_chunk_size` matters for decays per channel only; see [`safe_sub_chunk_size`], which chooses it by default.
+    With decays per channel, `min_decay` decides the form, see [`sub_chunk_size_of`]: down to -1 one product per chunk ("direct"), down to -4
+    four ("safe"), else more.
     """
     block = _linear_block if decay.ndim == 3 else _channel_linear_block
-    return _scan(block, query, key, value, decay, None, scale, False, initial_state, output_final_state, chunk_size, sub_chunk_size)
+    return _scan(block, query, key, value, decay, None, scale, False, min_decay, initial_state, output_final_state, chunk_size)
 
 
 def chunk_gated_delta_rule(
-    query, key, value, *, decay, beta, scale, qk_l2norm=False, initial_state=None, output_final_state=False,
-    chunk_size=CHUNK_SIZE, sub_chunk_size=None,
+    query, key, value, *, decay, beta, scale, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False,
+    chunk_size=CHUNK_SIZE,
 ):  # fmt: skip
     """
     Chunkwise [`naive_gated_delta_rule`]: same arguments, shapes and results. Always computed in fp32 or wider: the triangular solve
     of nearly parallel keys multiplies rounding errors.
     """
-    return _scan(_delta_block, query, key, value, decay, beta, scale, qk_l2norm, initial_state, output_final_state, chunk_size, sub_chunk_size)
+    return _scan(_delta_block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, initial_state, output_final_state, chunk_size)
 
 
-def safe_sub_chunk_size(decay: torch.Tensor, chunk_size: int) -> int:
+def sub_chunk_size_of(min_decay: float, chunk_size: int) -> int:
     """
-    Rows of a chunk that may share one reference point of their decays per channel, so that no `exp` overflows: the whole chunk for the
-    mild decays of trained gates, 8 in the worst case. Reads the smallest decay; a compiled graph cannot and takes the worst case.
+    Rows of a chunk that may share one reference point of their decays per channel, the first of them, so that no `exp` overflows. Follows
+    from the mixer, not from the data: an output must not depend on how strong some later decay is, not even by its rounding.
     """
-    if torch.compiler.is_compiling():
-        return 8
-    strongest = -float(decay.detach().amin()) if decay.numel() else 0.0
-    for size in (chunk_size, 16):
-        if strongest * size / 2 <= 64.0:
+    for size in (chunk_size, 16, 8, 4):
+        if chunk_size % size == 0 and -min_decay * size <= LARGEST_EXPONENT:
             return size
-    return 8
+    raise ValueError(f"min_decay must be at least {STRONGEST_CHANNEL_DECAY}; got {min_decay}.")
 
 
-def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, state, output_final_state, chunk_size, sub_chunk_size):
+def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, state, output_final_state, chunk_size):
     batch, length, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
     num_states_per_row = decay.shape[2]
@@ -67,15 +67,15 @@ def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, state, output
     queries = query.transpose(1, 2).unflatten(1, (num_kv_heads, expand, groups))  # [B, H_kv, E, G, T, K]
     keys, values = (x.transpose(1, 2).unsqueeze(2).expand(-1, -1, expand, -1, -1) for x in (key, value))
     decay = decay.to(wide).transpose(1, 2).flatten(0, 1)  # [R, T] or [R, T, K]
+    strongest = STRONGEST_HEAD_DECAY if decay.ndim == 2 else STRONGEST_CHANNEL_DECAY
+    min_decay = strongest if min_decay is None else max(min_decay, strongest)
+    decay = decay.clamp_min(min_decay)
     if decay.ndim == 2:
-        decay = decay.clamp_min(STRONGEST_HEAD_DECAY).unsqueeze(-1)
+        decay, sub_chunk_size = decay.unsqueeze(-1), None
         chunk_size = min(chunk_size, length)
     else:
-        decay = decay.clamp_min(STRONGEST_CHANNEL_DECAY)
         chunk_size = min(chunk_size, -(-length // 16) * 16)
-        sub_chunk_size = sub_chunk_size or safe_sub_chunk_size(decay, chunk_size)
-        if chunk_size % sub_chunk_size:
-            sub_chunk_size = 8
+        sub_chunk_size = sub_chunk_size_of(min_decay, chunk_size)
     if beta is not None:
         beta = beta.to(wide).transpose(1, 2).flatten(0, 1)  # [R, T]
     running = query.new_zeros(num_states, key_dim, value_dim, dtype=wide)
@@ -149,10 +149,9 @@ def _channel_linear_block(state, rows, columns, values, cumulative, strength, su
     values = values.reshape(matrices, size, -1)
     if sub_chunk_size == size:
         # one reference for the whole chunk: rows e^(b - r), columns e^(r - b); the state's rows take e^r instead of the queries
-        reference = cumulative[:, :, size // 2 : size // 2 + 1]
-        growth = (cumulative - reference).exp()
-        rows = (rows * growth.unsqueeze(2).to(dtype)).reshape(matrices, groups * size, key_dim)
-        columns = (columns / growth).to(dtype).reshape(matrices, size, key_dim)
+        reference = cumulative[:, :, :1]
+        rows = (rows * (cumulative - reference).exp().unsqueeze(2).to(dtype)).reshape(matrices, groups * size, key_dim)
+        columns = (columns * (reference - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
         scores = torch.bmm(rows, columns.transpose(1, 2)).view(num_states, num_chunks, groups, size, size)
         scores = scores.tril_() if in_place else scores.tril()
         increments = torch.bmm(columns.transpose(1, 2), values).view(num_states, num_chunks, key_dim, -1)
@@ -224,14 +223,14 @@ def _channel_scores(rows, columns, cumulative, sub_chunk_size):
     r"""
     $\sum_c q_{ic} k_{jc} e^{b_{ic} - b_{jc}}$ for $j \le i$, else 0: `[R, N, G, C, C]`.
 
-    Rows are taken a sub-chunk at a time, with decays relative to the middle of the sub-chunk (secondary chunking, GLA section 4.3).
+    Rows are taken a sub-chunk at a time, with decays relative to its first row (secondary chunking, GLA section 4.3).
     """
     num_states, num_chunks, groups, size, key_dim = rows.shape
     dtype, matrices = rows.dtype, num_states * num_chunks
     parts = []
     for start in range(0, size, sub_chunk_size):
-        stop, middle = start + sub_chunk_size, start + sub_chunk_size // 2
-        reference = cumulative[:, :, middle : middle + 1]
+        stop = start + sub_chunk_size
+        reference = cumulative[:, :, start : start + 1]
         near = (cumulative[:, :, start:stop] - reference).exp()
         part = (rows[..., start:stop, :] * near.unsqueeze(2).to(dtype)).reshape(matrices, groups * sub_chunk_size, key_dim)
         far = (columns[:, :, :stop] * (reference - cumulative[:, :, :stop]).exp().to(dtype)).view(matrices, stop, key_dim)

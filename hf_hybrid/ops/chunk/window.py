@@ -21,19 +21,25 @@ LOWEST = -1e30
 
 
 def chunk_window_attention(
-    query, key, value, *, window_size, num_sinks, scale, linear=None, valid=None, state=None, chunk_size=CHUNK_SIZE
-):
-    """Chunkwise [`naive_window_attention`]: same arguments, shapes and results. Scores and sums are fp32 or wider."""
+    query, key, value, *, window_size, num_sinks, scale, linear=None, valid=None, state=None, chunk_size=CHUNK_SIZE,
+    linear_form=chunk_linear_attention,
+):  # fmt: skip
+    """
+    Chunkwise [`naive_window_attention`]: same arguments, shapes and results. Scores and sums are fp32 or wider. `linear_form` computes the
+    linear part where everything is done at once: under autograd, and on a GPU.
+    """
     inputs = [query, key, value, *(x for x in state or () if x is not None)]
     if linear is not None:
         inputs += [linear.log_weight, *linear.feature_map_q.weights(), *linear.feature_map_k.weights()]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    settings = {"window_size": window_size, "scale": scale, "linear": linear, "chunk_size": chunk_size}
     if state is not None:
         state = in_order(state, num_sinks)
     sinks, final = _advance(key, value, valid, state, window_size, num_sinks)
-    form = _differentiable_form if differentiable else _loop_form
-    output, recurrent = form(query, key, value, valid, state, sinks, **settings)
+    settings = {"window_size": window_size, "scale": scale, "linear": linear, "chunk_size": chunk_size}
+    if differentiable or query.is_cuda:
+        output, recurrent = _batched_form(query, key, value, valid, state, sinks, linear_form=linear_form, **settings)
+    else:
+        output, recurrent = _loop_form(query, key, value, valid, state, sinks, **settings)
     return output, final._replace(recurrent=recurrent)
 
 
@@ -209,7 +215,7 @@ def _with_history(key, value, valid, state, is_sink, window_size, back, chunk_si
     return early_key, early_value, visible
 
 
-def _differentiable_form(query, key, value, valid, state, sinks, *, window_size, scale, linear, chunk_size):
+def _batched_form(query, key, value, valid, state, sinks, *, window_size, scale, linear, chunk_size, linear_form):
     """All chunks of a block at once, left to autograd. Returns `(output, recurrent state)`."""
     sink_key, sink_value, sink_position, is_sink = sinks
     batch, length = query.shape[:2]
@@ -235,7 +241,7 @@ def _differentiable_form(query, key, value, valid, state, sinks, *, window_size,
     recurrent = None
     if linear is not None:
         # token t - w leaves the window at step t: plain linear attention over keys delayed by w
-        mixed, recurrent = chunk_linear_attention(
+        mixed, recurrent = linear_form(
             query, keys[:, :length], values[:, :length], feature_map_q=linear.feature_map_q, feature_map_k=linear.feature_map_k,
             valid=visible[:, :length], initial_state=state.recurrent, output_final_state=True, normalize=False,
         )  # fmt: skip
