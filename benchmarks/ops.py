@@ -61,7 +61,11 @@ class HFLightning:
 
     def __init__(self, dtype):
         config = MiniMaxConfig(
-            hidden_size=HEADS * DIM, num_attention_heads=HEADS, head_dim=DIM, num_hidden_layers=1, num_key_value_heads=HEADS
+            hidden_size=HEADS * DIM,
+            num_attention_heads=HEADS,
+            head_dim=DIM,
+            num_hidden_layers=1,
+            num_key_value_heads=HEADS,
         )
         self.module = MiniMaxLightningAttention(config, layer_idx=0).to(dtype)
         for name in ("qkv_proj", "norm", "out_proj"):
@@ -95,7 +99,8 @@ class Problem:
         self.beta = {heads: make(heads).sigmoid() for heads in (KV_HEADS, HEADS)}
         self.channel_decay = F.logsigmoid(make(KV_HEADS, DIM)) / 16
         self.fixed_decay = {
-            heads: -torch.exp2(-8 * torch.arange(1, heads + 1) / heads).expand(1, length, -1) for heads in (KV_HEADS, HEADS)
+            heads: -torch.exp2(-8 * torch.arange(1, heads + 1) / heads).expand(1, length, -1)
+            for heads in (KV_HEADS, HEADS)
         }
         self.leaves = [self.query, self.key, self.value, self.full_key, self.full_value]
         for x in self.leaves:
@@ -138,13 +143,24 @@ class Problem:
         key, value = (self.key, self.value) if heads == KV_HEADS else (self.full_key, self.full_value)
         decay = self.channel_decay if channels else self.decay[heads]
         return gated_delta_rule(
-            self.query, key, value, decay=decay, beta=self.beta[heads], scale=SCALE, qk_l2norm=True,
+            self.query,
+            key,
+            value,
+            decay=decay,
+            beta=self.beta[heads],
+            scale=SCALE,
+            qk_l2norm=True,
             min_decay=-5.0 if channels else None,
         )[0]
 
     def hf_delta(self):
         return hf_chunk_delta(
-            self.query, self.full_key, self.full_value, g=self.decay[HEADS], beta=self.beta[HEADS], use_qk_l2norm_in_kernel=True
+            self.query,
+            self.full_key,
+            self.full_value,
+            g=self.decay[HEADS],
+            beta=self.beta[HEADS],
+            use_qk_l2norm_in_kernel=True,
         )[0]
 
     def prefill_candidates(self):
@@ -310,7 +326,14 @@ def decode(context, rounds):
 
         def gated(decay, query=query, key=key, value=value):
             return [torch.zeros(1, KV_HEADS, DIM, DIM) for _ in range(LAYERS)], lambda state: gated_linear_attention(
-                query, key, value, decay=decay, scale=SCALE, initial_state=state, output_final_state=True, inplace_final_state=True
+                query,
+                key,
+                value,
+                decay=decay,
+                scale=SCALE,
+                initial_state=state,
+                output_final_state=True,
+                inplace_final_state=True,
             )
 
         def window(with_state, past=past, query=query, key=key, value=value):
@@ -422,7 +445,12 @@ def keeps_everything(problem, name):
     chunk, groups = 64, HEADS // KV_HEADS
     q = feature_map_q(problem.query.transpose(1, 2)).unflatten(2, (-1, chunk))  # [B, H, N, C, F]
     k = feature_map_k(problem.key.transpose(1, 2)).repeat_interleave(groups, dim=1).unflatten(2, (-1, chunk))
-    v = F.pad(problem.value, (0, 1), value=1.0).transpose(1, 2).repeat_interleave(groups, dim=1).unflatten(2, (-1, chunk))
+    v = (
+        F.pad(problem.value, (0, 1), value=1.0)
+        .transpose(1, 2)
+        .repeat_interleave(groups, dim=1)
+        .unflatten(2, (-1, chunk))
+    )
     states = (k.mT @ v).cumsum(2)
     states = torch.cat([torch.zeros_like(states[:, :, :1]), states[:, :, :-1]], dim=2)
     output = (q @ k.mT).tril() @ v + q @ states
@@ -455,9 +483,18 @@ def memory(length):
         for which in (0, 1):
             command = [sys.executable, __file__, "--memory_of", name, str(which), str(length)]
             used.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        row = {"op": name, "phase": "memory", "dtype": "float32", "length": length, "mebibytes": used[0], "kept_mebibytes": used[1]}
+        row = {
+            "op": name,
+            "phase": "memory",
+            "dtype": "float32",
+            "length": length,
+            "mebibytes": used[0],
+            "kept_mebibytes": used[1],
+        }
         rows.append(row)
-        print(f"memory   {name:34} {length} tokens: {used[0]:.0f} MiB, keeping everything {used[1]:.0f} MiB ({used[1] / used[0]:.1f}x)")
+        print(
+            f"memory   {name:34} {length} tokens: {used[0]:.0f} MiB, keeping everything {used[1]:.0f} MiB ({used[1] / used[0]:.1f}x)"
+        )
     return rows
 
 

@@ -13,7 +13,9 @@ from .mixers import LinearMixer
 def _window_mixers(model: nn.Module) -> dict[str, LinearMixer]:
     found = {name: m for name, m in model.named_modules() if isinstance(m, LinearMixer) and m.has_window_and_state()}
     if not found:
-        raise HybridConfigError("The model has no mixer with both a window and a state: there is nothing to take apart.")
+        raise HybridConfigError(
+            "The model has no mixer with both a window and a state: there is nothing to take apart."
+        )
     return found
 
 

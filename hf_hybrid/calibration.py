@@ -46,7 +46,9 @@ def calibrate_mixers(
     """
     mixers = [module for module in model.modules() if isinstance(module, LinearMixer)]
     if not mixers:
-        raise HybridConfigError("calibrate_mixers: the model has no mixers. Call prepare_distillation_ or convert_to_hybrid first.")
+        raise HybridConfigError(
+            "calibrate_mixers: the model has no mixers. Call prepare_distillation_ or convert_to_hybrid first."
+        )
     batches = [{k: v for k, v in batch.items() if k not in ("labels", "label")} for batch in batches]
     if not batches:
         raise HybridConfigError("calibrate_mixers: batches is empty. Pass at least one batch of inputs.")
@@ -119,7 +121,9 @@ def look_back_histogram(mixer, query, key, value, hidden_states, valid):
     distance = torch.arange(length, device=query.device)
     distance = (distance[:, None] - distance).clamp_min(0)
     mass = weights.sum(0).double().flatten(1)
-    return torch.zeros(mass.shape[0], length, dtype=torch.double, device=query.device).index_add_(1, distance.flatten(), mass)
+    return torch.zeros(mass.shape[0], length, dtype=torch.double, device=query.device).index_add_(
+        1, distance.flatten(), mass
+    )
 
 
 def median_distance(histogram: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,9 @@ class DistillModelMixin:
             return task_forward(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         record = _LossRecord(
-            mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None, self.recompute_students, self.window_dropout
+            mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None,
+            self.recompute_students,
+            self.window_dropout,
         )
         kwargs.pop("labels", None)
         kwargs["use_cache"] = False

@@ -200,9 +200,19 @@ class HybridTrainer(Trainer):
         if not self.args.calibration_batches:
             return
         size = self.args.per_device_train_batch_size
-        examples = [self.train_dataset[i] for i in range(min(size * self.args.calibration_batches, len(self.train_dataset)))]
+        examples = [
+            self.train_dataset[i] for i in range(min(size * self.args.calibration_batches, len(self.train_dataset)))
+        ]
         batches = [self.data_collator(examples[i : i + size]) for i in range(0, len(examples), size)]
-        names = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "inputs_embeds", "pixel_values", "input_features"}
+        names = {
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "token_type_ids",
+            "inputs_embeds",
+            "pixel_values",
+            "input_features",
+        }
         calibrate_mixers(
             self.accelerator.unwrap_model(self.model),
             [{k: v for k, v in batch.items() if k in names} for batch in batches],

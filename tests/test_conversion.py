@@ -393,7 +393,9 @@ def test_an_encoder_becomes_linear_and_comes_back(tmp_path):
     from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    )
     model = convert_to_hybrid(BertForMaskedLM(config).eval())
     tokens = torch.randint(5, 99, (2, 12))
     mask = torch.ones_like(tokens)

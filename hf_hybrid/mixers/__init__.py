@@ -13,8 +13,8 @@ from .sliding_window import SlidingWindow, SlidingWindowConfig
 
 
 __all__ = [
-    "FeatureMap",
     "GLA",
+    "FeatureMap",
     "GLAConfig",
     "GatedDeltaNet",
     "GatedDeltaNetConfig",

@@ -136,7 +136,12 @@ class LinearMixer(nn.Module, ABC):
             `(output, state)`: `[B, T, H, V]` in the query's dtype, and a tuple of tensors (batch first) or `None`.
         """
         with torch.autocast(query.device.type, enabled=False):  # autocast would round the fp32 state
-            if valid is not None and valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+            if (
+                valid is not None
+                and valid.device.type == "cpu"
+                and not torch.compiler.is_compiling()
+                and bool(valid.all())
+            ):
                 valid = None  # the ops have a shorter way; on other devices looking would cost more than it saves
             if segments is not None:
                 return self._mix_packed(query, key, value, hidden_states, valid, segments, state, output_final_state)

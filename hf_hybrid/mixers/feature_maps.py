@@ -213,7 +213,9 @@ class TaylorFeatureMap(FeatureMap):
 
     def init_weights(self) -> None:
         copies = -(-self.head_dim // self.feature_dim)
-        start = torch.eye(self.feature_dim).repeat(copies, 1)[: self.head_dim]  # coordinates k, k + F, k + 2F .. are averaged
+        start = torch.eye(self.feature_dim).repeat(copies, 1)[
+            : self.head_dim
+        ]  # coordinates k, k + F, k + 2F .. are averaged
         with torch.no_grad():
             self.weight.copy_((start / start.norm(dim=0).clamp_min(1.0)).expand_as(self.weight))
 

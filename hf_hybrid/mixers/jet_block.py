@@ -55,14 +55,20 @@ class JetBlock(LinearMixer):
 
     config_class = JetBlockConfig
 
-    def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, kernel_size, **sizes):
+    def __init__(
+        self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, kernel_size, **sizes
+    ):
         super().__init__(**sizes)
         self.window_size = window_size
         self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
         self.gates = HeadGates(self.hidden_size, self.num_states)
         self.convolution = DynamicConvolution(self, kernel_size)
         self.output_stage: nn.Module = OutputStage(
-            self, window_size=window_size, num_sink_tokens=num_sink_tokens, output_gate=output_gate, gate_rank=gate_rank
+            self,
+            window_size=window_size,
+            num_sink_tokens=num_sink_tokens,
+            output_gate=output_gate,
+            gate_rank=gate_rank,
         )
 
     def init_weights(self) -> None:

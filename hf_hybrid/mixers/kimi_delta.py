@@ -59,7 +59,11 @@ class KimiDelta(LinearMixer):
         self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
         self.gates = ChannelGates(self.hidden_size, self.num_states, self.head_dim, gate_rank)
         self.output_stage: nn.Module = OutputStage(
-            self, window_size=window_size, num_sink_tokens=num_sink_tokens, output_gate=output_gate, gate_rank=gate_rank
+            self,
+            window_size=window_size,
+            num_sink_tokens=num_sink_tokens,
+            output_gate=output_gate,
+            gate_rank=gate_rank,
         )
 
     def init_weights(self) -> None:

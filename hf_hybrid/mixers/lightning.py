@@ -55,7 +55,11 @@ class Lightning(LinearMixer):
         self.window_size = window_size
         self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
         self.output_stage = OutputStage(
-            self, window_size=window_size, num_sink_tokens=num_sink_tokens, output_gate=output_gate, gate_rank=gate_rank
+            self,
+            window_size=window_size,
+            num_sink_tokens=num_sink_tokens,
+            output_gate=output_gate,
+            gate_rank=gate_rank,
         )
 
     def init_weights(self) -> None:

@@ -53,10 +53,17 @@ def gated_delta_rule(query, key, value, *, inplace_final_state=False, backend=No
     return chunk.chunk_gated_delta_rule(query, key, value, **kwargs)
 
 
-def window_attention(query, key, value, *, inplace_final_state=False, state=None, valid=None, num_sinks, backend=None, **kwargs):
+def window_attention(
+    query, key, value, *, inplace_final_state=False, state=None, valid=None, num_sinks, backend=None, **kwargs
+):
     """[`naive.naive_window_attention`], in the form that fits the number of new tokens. The window is torch's everywhere; what is older is
     fla's where fla is chosen."""
-    if query.shape[1] == 1 and valid is None and state is not None and _can_step(state, num_sinks, kwargs["window_size"], query):
+    if (
+        query.shape[1] == 1
+        and valid is None
+        and state is not None
+        and _can_step(state, num_sinks, kwargs["window_size"], query)
+    ):
         return step.step_window_attention(
             query, key, value, state=state, num_sinks=num_sinks, inplace_final_state=inplace_final_state, **kwargs
         )
@@ -78,7 +85,9 @@ def _can_step(state, num_sinks, window_size, query) -> bool:
 def choose_backend(backend: str | None, x: torch.Tensor) -> str:
     """`backend` if given (checked), else the environment's choice, else what fits `x`."""
     if backend is not None and backend not in BACKENDS:
-        raise HybridConfigError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{closest(str(backend), BACKENDS)}")
+        raise HybridConfigError(
+            f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{closest(str(backend), BACKENDS)}"
+        )
     return backend or requested_backend() or ("fla" if x.is_cuda and fla_is_available() else "torch")
 
 
@@ -125,7 +134,13 @@ def _fla_linear_attention(
     kernel = fused_recurrent_linear_attn if query.shape[1] == 1 else chunk_linear_attn
     query, key, value, initial_state, groups = _per_query_head(query, key, value, initial_state, key.shape[2])
     output, state = kernel(
-        query, key, value, scale=1.0, initial_state=initial_state, output_final_state=output_final_state, normalize=False
+        query,
+        key,
+        value,
+        scale=1.0,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        normalize=False,
     )
     if normalize:
         weight = output[..., -1:].float()
@@ -138,24 +153,40 @@ STRONGEST_DECAY = -20.0
 
 
 def _fla_gated(
-    query, key, value, *, decay, scale, beta=None, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False
+    query,
+    key,
+    value,
+    *,
+    decay,
+    scale,
+    beta=None,
+    qk_l2norm=False,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
 ):
     """`fla.ops.simple_gla`, `gla`, `gated_delta_rule` and `kda`, by whether there is a `beta` and a decay per channel."""
     per_channel, one_token = decay.ndim == 4, query.shape[1] == 1
     groups_of_state = query.shape[2] // decay.shape[2]
     strongest = STRONGEST_DECAY if min_decay is None else max(min_decay, STRONGEST_DECAY)
     decay = decay.float().clamp_min(strongest).repeat_interleave(groups_of_state, dim=2).contiguous()
-    query, key, value, initial_state, groups = _per_query_head(query, key, value, initial_state, decay.shape[2] // groups_of_state)
+    query, key, value, initial_state, groups = _per_query_head(
+        query, key, value, initial_state, decay.shape[2] // groups_of_state
+    )
     kwargs = {"scale": scale, "initial_state": initial_state, "output_final_state": output_final_state}
     if beta is not None:
         kwargs["beta"] = beta.float().repeat_interleave(groups_of_state, dim=2).contiguous()
         kwargs["use_qk_l2norm_in_kernel"] = qk_l2norm
     # the one-token kernels have no backward
-    step_form = one_token and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, decay)))
+    step_form = one_token and not (
+        torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, decay))
+    )
     if beta is None and not per_channel:
         from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 
-        output, state = (fused_recurrent_simple_gla if step_form else chunk_simple_gla)(query, key, value, g=decay, **kwargs)
+        output, state = (fused_recurrent_simple_gla if step_form else chunk_simple_gla)(
+            query, key, value, g=decay, **kwargs
+        )
     elif beta is None:
         from fla.ops.gla import chunk_gla, fused_recurrent_gla
 

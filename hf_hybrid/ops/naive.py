@@ -105,7 +105,17 @@ def naive_gated_linear_attention(
 
 
 def naive_gated_delta_rule(
-    query, key, value, *, decay, beta, scale, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False
+    query,
+    key,
+    value,
+    *,
+    decay,
+    beta,
+    scale,
+    qk_l2norm=False,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
 ):
     r"""
     $\tilde S_t = \mathrm{diag}(e^{g_t}) S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$, $o_t = \text{scale}\; S_t^\top q_t$.
@@ -259,7 +269,9 @@ def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, 
         sink_count = sink_count + is_sink
         run = torch.where(window[:, -1], (run + 1).clamp_max(window_size), 0)
 
-        all_keys, all_values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (keys, values))  # [B, H, S + W, .]
+        all_keys, all_values = (
+            x.to(wide).repeat_interleave(groups, dim=1) for x in (keys, values)
+        )  # [B, H, S + W, .]
         scores = (all_keys @ query[:, t].to(wide).unsqueeze(-1)).squeeze(-1) * scale
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
         row_max = scores.amax(-1, keepdim=True)
@@ -276,7 +288,9 @@ def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, 
 
 def _features(feature_map, x):
     """`[B, T, H, K]` -> `[B, T, H, F]`."""
-    return x if feature_map is None else feature_map.features(x.transpose(1, 2), *feature_map.weights()).transpose(1, 2)
+    return (
+        x if feature_map is None else feature_map.features(x.transpose(1, 2), *feature_map.weights()).transpose(1, 2)
+    )
 
 
 def _with_one(value):

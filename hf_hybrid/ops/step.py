@@ -48,7 +48,16 @@ def _features(feature_map, x):
 
 
 def step_gated_linear_attention(
-    query, key, value, *, decay, scale, min_decay=None, initial_state=None, output_final_state=False, inplace_final_state=False
+    query,
+    key,
+    value,
+    *,
+    decay,
+    scale,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
+    inplace_final_state=False,
 ):
     """[`naive_gated_linear_attention`] for `T = 1`: same arguments, shapes and results."""
     return step_gated_delta_rule(
@@ -97,7 +106,9 @@ def step_gated_delta_rule(
     return mixed, (state.view(batch, per_row, key_dim, value_dim) if output_final_state else None)
 
 
-def step_window_attention(query, key, value, *, window_size, num_sinks, scale, state, linear=None, inplace_final_state=False):
+def step_window_attention(
+    query, key, value, *, window_size, num_sinks, scale, state, linear=None, inplace_final_state=False
+):
     """
     [`naive_window_attention`] for `T = 1`, no padding, and a settled `state` (see [`WindowState.is_settled`]): same arguments, shapes and
     results. The window is a ring: the new token takes the place of the oldest, and the softmax does not mind the order.
@@ -112,7 +123,9 @@ def step_window_attention(query, key, value, *, window_size, num_sinks, scale, s
     place = slice(num_sinks + cursor, num_sinks + cursor + 1)
     old_key, old_value = state.key[:, :, place], state.value[:, :, place]
     if linear is not None:
-        columns = linear.feature_map_k.step_features(old_key.transpose(1, 2).to(dtype)).to(wide).reshape(num_states, -1, 1)
+        columns = (
+            linear.feature_map_k.step_features(old_key.transpose(1, 2).to(dtype)).to(wide).reshape(num_states, -1, 1)
+        )
         written = F.pad(old_value.to(wide), (0, 1), value=1.0).view(num_states, 1, value_dim + 1)
         recurrent = state.recurrent.view(num_states, -1, value_dim + 1).addcmul_(columns, written)
         features = _features(linear.feature_map_q, query).to(wide).reshape(num_states, groups, -1)

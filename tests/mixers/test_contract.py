@@ -48,9 +48,24 @@ def use_naive(monkeypatch):
     """Switches the mixers to the naive recurrences: the ops are what is compared, the mixers' own code is the same."""
 
     def switch():
-        for module in ("linear_attention", "lightning", "gla", "gated_delta_net", "kimi_delta", "jet_block", "sliding_window", "gates"):
+        for module in (
+            "linear_attention",
+            "lightning",
+            "gla",
+            "gated_delta_net",
+            "kimi_delta",
+            "jet_block",
+            "sliding_window",
+            "gates",
+        ):
             module = importlib.import_module(f"hf_hybrid.mixers.{module}")
-            for op in ("linear_attention", "bidirectional_linear_attention", "gated_linear_attention", "gated_delta_rule", "window_attention"):
+            for op in (
+                "linear_attention",
+                "bidirectional_linear_attention",
+                "gated_linear_attention",
+                "gated_delta_rule",
+                "window_attention",
+            ):
                 if hasattr(module, op):
                     form = getattr(naive, f"naive_{op}")
 
@@ -66,7 +81,10 @@ def in_order(mixer, state):
     """State tensors in an order that does not depend on where the window's ring began."""
     if not getattr(mixer, "window_size", 0):
         return state
-    window = naive.in_order(WindowState(*state[:4], None), mixer.num_sink_tokens if hasattr(mixer, "num_sink_tokens") else mixer.output_stage.num_sink_tokens)
+    window = naive.in_order(
+        WindowState(*state[:4], None),
+        mixer.num_sink_tokens if hasattr(mixer, "num_sink_tokens") else mixer.output_stage.num_sink_tokens,
+    )
     visible = window.visible
     keys, values = (x * visible[:, None, :, None] for x in window[:2])  # what is not visible may hold anything
     return (keys, values, visible, window.counts, *state[4:])
@@ -86,19 +104,20 @@ def test_every_registered_mixer_has_a_row():
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 130])
 @pytest.mark.parametrize("name", MIXERS)
 def test_chunk_equals_naive_with_gradients(name, length, use_naive):
-    mixer = new_mixer(name)
+    """The fast form in fp32 against the definition in fp64: the naive form in fp32 can be further off than the fast one."""
     valid = torch.ones(2, length, dtype=torch.bool)
     valid[0, : length // 3] = False
 
-    def run():
-        tensors = [x.requires_grad_() for x in inputs(length)]
+    def run(dtype):
+        mixer = new_mixer(name, dtype)
+        tensors = [x.requires_grad_() for x in inputs(length, dtype=dtype)]
         output, state = mixer(*tensors, valid=valid, output_final_state=True)
         output = output * valid[..., None, None]
         return output, in_order(mixer, state), gradients(output, [*tensors, *mixer.parameters()])
 
-    output, state, grads = run()
+    output, state, grads = run(torch.float32)
     use_naive()
-    expected_output, expected_state, expected_grads = run()
+    expected_output, expected_state, expected_grads = run(torch.float64)
     assert_close("output", output, expected_output, TOLERANCE[name])
     for i, (x, y) in enumerate(zip(state, expected_state, strict=True)):
         assert_close(f"state {i}", x, y, TOLERANCE[name])
@@ -107,7 +126,7 @@ def test_chunk_equals_naive_with_gradients(name, length, use_naive):
             assert x is None or not x.any()
             assert y is None or not y.any()
             continue
-        assert_close(f"gradient {i}", x, y, 10 * TOLERANCE[name])  # sums over all tokens
+        assert_close(f"gradient {i}", x, y, 5e-5)  # sums over all tokens
 
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if name not in ("sliding_window-no_sinks", "identity")])
@@ -124,7 +143,11 @@ def test_without_gradients_over_several_blocks_equals_naive(name, use_naive):
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_bf16_is_within_twice_the_naive_forms_own_error(name, use_naive):
-    tensors, exact_mixer, mixer = inputs(300, dtype=torch.float64), new_mixer(name, torch.float64), new_mixer(name, torch.bfloat16)
+    tensors, exact_mixer, mixer = (
+        inputs(300, dtype=torch.float64),
+        new_mixer(name, torch.float64),
+        new_mixer(name, torch.bfloat16),
+    )
     low = [x.bfloat16() for x in tensors]
     with torch.no_grad():
         fast = mixer(*low)[0].double()
@@ -174,7 +197,9 @@ def test_prefill_then_steps_equals_one_pass(name, split):
         pieces, state = [], None
         cuts = [0, split, *range(split + 1, 130), 130, 140]
         for start, stop in zip(cuts, cuts[1:], strict=False):
-            output, state = mixer(*(x[:, start:stop] for x in tensors), state=state, output_final_state=True, inplace_final_state=True)
+            output, state = mixer(
+                *(x[:, start:stop] for x in tensors), state=state, output_final_state=True, inplace_final_state=True
+            )
             pieces.append(output)
     assert_close("output", torch.cat(pieces, dim=1), whole, 2 * TOLERANCE[name])
     for i, (x, y) in enumerate(zip(in_order(mixer, state), in_order(mixer, whole_state), strict=True)):
@@ -223,11 +248,20 @@ def test_later_tokens_and_length_change_nothing(name):
             x[:, 70:] = 2.0
         assert_close("later tokens", mixer(*changed)[0][:, :70], whole[:, :70], TOLERANCE[name])
         for length in (1, 30, 64, 65, 129):
-            assert_close(f"T={length}", mixer(*(x[:, :length] for x in tensors))[0], whole[:, :length], TOLERANCE[name])
+            assert_close(
+                f"T={length}", mixer(*(x[:, :length] for x in tensors))[0], whole[:, :length], TOLERANCE[name]
+            )
 
 
 # a window counts positions, padding included: padding inside a sequence is well-defined there, but not the same as none
-MIDDLE = ["linear_attention-no_window", "lightning-plain", "gla-no_window", "gated_delta_net-no_window", "kimi_delta-no_window", "identity"]
+MIDDLE = [
+    "linear_attention-no_window",
+    "lightning-plain",
+    "gla-no_window",
+    "gated_delta_net-no_window",
+    "kimi_delta-no_window",
+    "identity",
+]
 PADDINGS = [(name, side) for name in MIXERS for side in ("left", "right")] + [(name, "middle") for name in MIDDLE]
 
 
@@ -351,7 +385,10 @@ def test_packed_sequences_refuse_a_cached_state():
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right", "middle"])
-@pytest.mark.parametrize("name", ["linear_attention", "linear_attention-elu", "linear_attention-relu", "linear_attention-taylor", "identity"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear_attention", "linear_attention-elu", "linear_attention-relu", "linear_attention-taylor", "identity"],
+)
 def test_bidirectional_layers_see_all_tokens_and_no_padding(name, side, use_naive):
     mixer, tensors = new_mixer(name, causal=False), inputs(700 if side == "none" else 60)
     valid = torch.ones(tensors[0].shape[:2], dtype=torch.bool)
@@ -376,7 +413,9 @@ def test_bidirectional_layers_see_all_tokens_and_no_padding(name, side, use_naiv
             assert_close(f"gradient {i}", x, y, 5e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if "window" not in name and name not in (*WITHOUT_PARAMETERS, "lightning-plain")])
+@pytest.mark.parametrize(
+    "name", [name for name in MIXERS if "window" not in name and name not in (*WITHOUT_PARAMETERS, "lightning-plain")]
+)
 def test_parts_can_be_taken_out(name):
     mixer, tensors = new_mixer(name), inputs(60)
     if not mixer.has_window_and_state():

@@ -46,24 +46,45 @@ HEADS, KV_HEADS, DIM = 4, 2, 16
 
 def tensors(length, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, length, heads, DIM, generator=generator).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [
+        torch.randn(1, length, heads, DIM, generator=generator).requires_grad_()
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    ]
 
 
 def cases():
     for feature_map in ("relu", "hedgehog"):
-        maps = {"feature_map_q": get_feature_map(feature_map)(HEADS, DIM), "feature_map_k": get_feature_map(feature_map)(KV_HEADS, DIM)}
+        maps = {
+            "feature_map_q": get_feature_map(feature_map)(HEADS, DIM),
+            "feature_map_k": get_feature_map(feature_map)(KV_HEADS, DIM),
+        }
         for part in maps.values():
             part.init_weights()
         width = 2 * DIM if feature_map == "hedgehog" else DIM
         state = torch.rand(1, KV_HEADS, width, DIM + 1)
         yield f"linear_attention/{feature_map}", dispatch.linear_attention, maps, state
-        yield f"linear_attention/{feature_map}, not normalised", dispatch.linear_attention, {**maps, "normalize": False}, state
+        yield (
+            f"linear_attention/{feature_map}, not normalised",
+            dispatch.linear_attention,
+            {**maps, "normalize": False},
+            state,
+        )
     for heads in (KV_HEADS, HEADS):
         for shape in ((heads,), (heads, DIM)):
             kind = "per channel" if len(shape) == 2 else "per head"
             state = torch.randn(1, heads, DIM, DIM)
-            yield f"gated_linear_attention {kind}, {heads} states", dispatch.gated_linear_attention, {"decay": shape}, state
-            yield f"gated_delta_rule {kind}, {heads} states", dispatch.gated_delta_rule, {"decay": shape, "beta": (heads,), "qk_l2norm": True}, state
+            yield (
+                f"gated_linear_attention {kind}, {heads} states",
+                dispatch.gated_linear_attention,
+                {"decay": shape},
+                state,
+            )
+            yield (
+                f"gated_delta_rule {kind}, {heads} states",
+                dispatch.gated_delta_rule,
+                {"decay": shape, "beta": (heads,), "qk_l2norm": True},
+                state,
+            )
 
 
 def compare(name, op, kwargs, state, length):
@@ -82,7 +103,9 @@ def compare(name, op, kwargs, state, length):
     results = {}
     for backend in ("torch", "fla"):
         with torch.set_grad_enabled(length > 1):
-            output, final = op(query, key, value, initial_state=state, output_final_state=True, backend=backend, **kwargs)
+            output, final = op(
+                query, key, value, initial_state=state, output_final_state=True, backend=backend, **kwargs
+            )
         results[backend] = [output, final]
         if length > 1:
             weight = torch.linspace(-1, 1, output.numel()).view_as(output)
@@ -104,7 +127,9 @@ def compare_window():
     query, key, value = tensors(40)
     linear = LinearPart(*maps, torch.zeros(HEADS))
     outputs = [
-        dispatch.window_attention(query, key, value, window_size=5, num_sinks=2, scale=0.25, linear=linear, backend=backend)[0]
+        dispatch.window_attention(
+            query, key, value, window_size=5, num_sinks=2, scale=0.25, linear=linear, backend=backend
+        )[0]
         for backend in ("torch", "fla")
     ]
     error = ((outputs[0] - outputs[1]).norm() / outputs[0].norm()).item()

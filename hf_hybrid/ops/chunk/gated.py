@@ -21,7 +21,16 @@ LARGEST_EXPONENT = 64.0
 
 
 def chunk_gated_linear_attention(
-    query, key, value, *, decay, scale, min_decay=None, initial_state=None, output_final_state=False, chunk_size=CHUNK_SIZE
+    query,
+    key,
+    value,
+    *,
+    decay,
+    scale,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
+    chunk_size=CHUNK_SIZE,
 ):
     """
     Chunkwise [`naive_gated_linear_attention`]: same arguments, shapes and results.
@@ -30,7 +39,9 @@ def chunk_gated_linear_attention(
     four ("safe"), else more.
     """
     block = _linear_block if decay.ndim == 3 else _channel_linear_block
-    return _scan(block, query, key, value, decay, None, scale, False, min_decay, initial_state, output_final_state, chunk_size)
+    return _scan(
+        block, query, key, value, decay, None, scale, False, min_decay, initial_state, output_final_state, chunk_size
+    )
 
 
 def chunk_gated_delta_rule(
@@ -41,7 +52,20 @@ def chunk_gated_delta_rule(
     Chunkwise [`naive_gated_delta_rule`]: same arguments, shapes and results. Always computed in fp32 or wider: the triangular solve
     of nearly parallel keys multiplies rounding errors.
     """
-    return _scan(_delta_block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, initial_state, output_final_state, chunk_size)
+    return _scan(
+        _delta_block,
+        query,
+        key,
+        value,
+        decay,
+        beta,
+        scale,
+        qk_l2norm,
+        min_decay,
+        initial_state,
+        output_final_state,
+        chunk_size,
+    )
 
 
 def sub_chunk_size_of(min_decay: float, chunk_size: int) -> int:
@@ -129,7 +153,9 @@ def _linear_block(state, rows, columns, values, cumulative, strength, sub_chunk_
     """One block, one decay per head. Returns `([R, N, G * C, V], state)`."""
     num_states, num_chunks, groups, size, key_dim = rows.shape
     dtype, matrices = rows.dtype, num_states * num_chunks
-    scores = torch.bmm(rows.reshape(matrices, groups * size, key_dim), columns.reshape(matrices, size, key_dim).transpose(1, 2))
+    scores = torch.bmm(
+        rows.reshape(matrices, groups * size, key_dim), columns.reshape(matrices, size, key_dim).transpose(1, 2)
+    )
     weights = _head_decays(cumulative).to(dtype)  # [R, N, C, C]
     scores = _times(scores.view(num_states, num_chunks, groups, size, size), weights.unsqueeze(2), in_place)
     mixed = torch.bmm(scores.view(matrices, groups * size, size), values.reshape(matrices, size, -1))
@@ -232,8 +258,12 @@ def _channel_scores(rows, columns, cumulative, sub_chunk_size):
         stop = start + sub_chunk_size
         reference = cumulative[:, :, start : start + 1]
         near = (cumulative[:, :, start:stop] - reference).exp()
-        part = (rows[..., start:stop, :] * near.unsqueeze(2).to(dtype)).reshape(matrices, groups * sub_chunk_size, key_dim)
-        far = (columns[:, :, :stop] * (reference - cumulative[:, :, :stop]).exp().to(dtype)).view(matrices, stop, key_dim)
+        part = (rows[..., start:stop, :] * near.unsqueeze(2).to(dtype)).reshape(
+            matrices, groups * sub_chunk_size, key_dim
+        )
+        far = (columns[:, :, :stop] * (reference - cumulative[:, :, :stop]).exp().to(dtype)).view(
+            matrices, stop, key_dim
+        )
         products = torch.bmm(part, far.transpose(1, 2)).view(num_states, num_chunks, groups, sub_chunk_size, stop)
         parts.append(F.pad(products, (0, size - stop)))
     return torch.cat(parts, dim=3).tril()

@@ -35,9 +35,7 @@ def chunk_linear_attention(
     return output, (state if output_final_state else None)
 
 
-def _forward(
-    functions, weights_q, weights_k, query, key, value, state, valid, normalize, chunk_size, keep=False
-):
+def _forward(functions, weights_q, weights_k, query, key, value, state, valid, normalize, chunk_size, keep=False):
     """Returns `(output, final state, denominators, state before each block)`; the last two only with `keep`."""
     batch, length, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
@@ -57,7 +55,9 @@ def _forward(
                 matrices = batch * num_chunks * num_kv_heads
                 rows = query.new_empty(batch, num_chunks, num_heads, size, key_dim)
                 columns_k = key.new_empty(batch, num_chunks, num_kv_heads, size, key_dim)
-                augmented = value.new_ones(batch, num_chunks, num_kv_heads, size, columns)  # ones column: the normaliser
+                augmented = value.new_ones(
+                    batch, num_chunks, num_kv_heads, size, columns
+                )  # ones column: the normaliser
                 values_1 = augmented.view(matrices, size, columns)
                 scores = query.new_empty(matrices, groups * size, size)
                 mixed = query.new_empty(matrices, groups * size, columns)
@@ -131,7 +131,9 @@ class _LinearAttention(torch.autograd.Function):
         grad_after = None if grad_state is None else grad_state.to(wide)  # of the state after the block
         shape = None
         with matmul_mode(query):
-            for block, (start, stop, size) in reversed(list(enumerate(blocks(length, chunk_size, batch * num_kv_heads)))):
+            for block, (start, stop, size) in reversed(
+                list(enumerate(blocks(length, chunk_size, batch * num_kv_heads)))
+            ):
                 num_chunks = (stop - start) // size
                 if (num_chunks, size) != shape:
                     shape = num_chunks, size
@@ -145,7 +147,9 @@ class _LinearAttention(torch.autograd.Function):
                 augmented[..., :value_dim].copy_(by_chunk(value, start, stop, size))
                 grad_out = by_chunk(grad_output, start, stop, size)
                 rows, features_q, raw_q = _differentiable(functions[0], by_chunk(query, start, stop, size), weights_q)
-                columns_k, features_k, raw_k = _differentiable(functions[1], by_chunk(key, start, stop, size), weights_k)
+                columns_k, features_k, raw_k = _differentiable(
+                    functions[1], by_chunk(key, start, stop, size), weights_k
+                )
                 if padded:
                     exists = by_chunk(valid[:, :, None, None], start, stop, size)
                     features_k = features_k * exists
@@ -164,7 +168,9 @@ class _LinearAttention(torch.autograd.Function):
                 grad_scores.view(-1, groups, size, size).tril_()
 
                 first, last = states_before[block] is None, grad_after is None
-                increments = torch.bmm(features_k.transpose(1, 2), values_1).view(batch, num_chunks, num_kv_heads, -1, columns)
+                increments = torch.bmm(features_k.transpose(1, 2), values_1).view(
+                    batch, num_chunks, num_kv_heads, -1, columns
+                )
                 states, _ = running_states(states_before[block], increments, dtype)
                 # the same running sum, from the back
                 increments = torch.bmm(features_q.transpose(1, 2), grad_mixed).view_as(increments)

@@ -144,7 +144,9 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
             shift = start - back
             for buffer, old, new in ((reach_key, old_key, key), (reach_value[..., :value_dim], old_value, value)):
                 source, first = (new, shift) if shift >= 0 else (old, start)
-                reach = source[:, first : first + back + stop - start].unfold(1, back + size, size)  # [B, N, H_kv, K, back + C]
+                reach = source[:, first : first + back + stop - start].unfold(
+                    1, back + size, size
+                )  # [B, N, H_kv, K, back + C]
                 buffer[..., num_sinks:, :].copy_(reach.transpose(3, 4))
             keys_1 = reach_key.view(matrices, width, key_dim).transpose(1, 2)
             torch.baddbmm(bias, rows.view(matrices, groups * size, key_dim), keys_1, alpha=scale, out=scores)
@@ -204,7 +206,9 @@ def _with_history(key, value, valid, state, is_sink, window_size, back, chunk_si
     """
     batch, length = key.shape[:2]
     num_states = batch * key.shape[2]
-    reached = next((stop for start, stop, _ in blocks(length, chunk_size, num_states) if stop >= min(back, length)), length)
+    reached = next(
+        (stop for start, stop, _ in blocks(length, chunk_size, num_states) if stop >= min(back, length)), length
+    )
     visible = F.pad(~is_sink if valid is None else valid & ~is_sink, (back, 0))
     early_key, early_value = (F.pad(x[:, :reached], (0, 0, 0, 0, back, 0)) for x in (key, value))
     if state is not None:
