@@ -134,7 +134,7 @@ class Problem:
         key, value = (self.key, self.value) if heads == KV_HEADS else (self.full_key, self.full_value)
         return gated_linear_attention(self.query, key, value, decay=self.fixed_decay[heads], scale=SCALE)[0]
 
-    def gla(self, min_decay=-1.0):
+    def gla(self, min_decay=-2.0):
         return gated_linear_attention(
             self.query, self.key, self.value, decay=self.channel_decay, scale=SCALE, min_decay=min_decay
         )[0]

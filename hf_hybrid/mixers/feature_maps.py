@@ -32,6 +32,11 @@ class FeatureMap(nn.Module, ABC):
     def default_feature_dim(head_dim: int) -> int:
         return head_dim
 
+    @property
+    def output_dim(self) -> int:
+        """`F`, the number of features of one token and head."""
+        return self.head_dim
+
     def init_weights(self) -> None:
         """Set every parameter to its starting value, in place."""
 
@@ -83,6 +88,44 @@ def list_feature_maps() -> list[str]:
     return sorted(_FEATURE_MAPS)
 
 
+def _by_head(x):
+    """`[.., H, T, K]` -> `[H, N, K]`: all rows of a head in one product. Broadcasting would copy the weight once per leading index."""
+    return x.movedim(-3, 0).reshape(x.shape[-3], -1, x.shape[-1])
+
+
+def _in_place_of(rows, x):
+    """`[H, N, F]` -> view `[.., H, T, F]`, rows where those of `x` are."""
+    return rows.view(x.shape[-3], *x.shape[:-3], x.shape[-2], -1).movedim(0, -3)
+
+
+def _two_softmaxes(projected):
+    """`[.., F]` -> `[.., 2, F]`: softmax of it and of its negative."""
+    both = projected.new_empty(*projected.shape[:-1], 2, projected.shape[-1])
+    both[..., 0, :].copy_(projected)
+    torch.neg(projected, out=both[..., 1, :])
+    return torch.softmax(both, -1, out=both)
+
+
+class _Hedgehog(torch.autograd.Function):
+    """$[\\mathrm{softmax}(x W), \\mathrm{softmax}(-x W)]$, `[.., H, T, K]` with `[H, K, F]`, in half the passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        rows = _by_head(x)
+        both = _two_softmaxes(_in_place_of(torch.bmm(rows, weight), x))
+        ctx.save_for_backward(rows, weight, both)
+        return both.flatten(-2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        rows, weight, both = ctx.saved_tensors
+        grad = torch._softmax_backward_data(grad.reshape(both.shape), both, -1, both.dtype)
+        grad_rows = _by_head(grad[..., 0, :] - grad[..., 1, :])
+        grad_x = _in_place_of(torch.bmm(grad_rows, weight.mT), grad[..., 0, :]) if ctx.needs_input_grad[0] else None
+        return grad_x, (torch.bmm(rows.mT, grad_rows) if ctx.needs_input_grad[1] else None)
+
+
 @register_feature_map("hedgehog")
 class HedgehogFeatureMap(FeatureMap):
     r"""
@@ -97,14 +140,22 @@ class HedgehogFeatureMap(FeatureMap):
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, self.feature_dim))
         self._two_sided: tuple | None = None  # (what it was made of, [H, K, 2 F])
 
+    @property
+    def output_dim(self) -> int:
+        return 2 * self.feature_dim
+
     def init_weights(self) -> None:
         with torch.no_grad():
             self.weight.copy_(torch.eye(self.head_dim, self.feature_dim).expand_as(self.weight))
 
     def features(self, x, weight):
-        projected = torch.matmul(x, weight.to(x.dtype)) * self.head_dim**-0.25
-        # one softmax over two rows: faster than two and a concatenation
-        return torch.stack([projected, -projected], dim=-2).softmax(-1).flatten(-2)
+        scaled = weight.to(x.dtype) * self.head_dim**-0.25
+        if torch.compiler.is_compiling():
+            projected = torch.matmul(x, scaled)
+            return torch.stack([projected, -projected], dim=-2).softmax(-1).flatten(-2)
+        if torch.is_grad_enabled():
+            return _Hedgehog.apply(x, scaled)
+        return _two_softmaxes(_in_place_of(torch.bmm(_by_head(x), scaled), x)).flatten(-2)
 
     def weights(self):
         self._two_sided = None  # every call of more than one token, so every prompt, makes decoding start afresh
@@ -182,6 +233,10 @@ class DpfpFeatureMap(FeatureMap):
     size `2 K`. Reference: [Linear Transformers Are Secretly Fast Weight Programmers](https://huggingface.co/papers/2102.11174), eq. 37.
     """
 
+    @property
+    def output_dim(self) -> int:
+        return 2 * self.head_dim
+
     def features(self, x):
         both = F.relu(torch.cat([x, -x], dim=-1))
         return both * both.roll(1, dims=-1)
@@ -211,6 +266,10 @@ class TaylorFeatureMap(FeatureMap):
     def default_feature_dim(head_dim: int) -> int:
         return min(16, head_dim)
 
+    @property
+    def output_dim(self) -> int:
+        return 1 + self.feature_dim + self.feature_dim * (self.feature_dim + 1) // 2
+
     def init_weights(self) -> None:
         copies = -(-self.head_dim // self.feature_dim)
         start = torch.eye(self.feature_dim).repeat(copies, 1)[
@@ -220,7 +279,8 @@ class TaylorFeatureMap(FeatureMap):
             self.weight.copy_((start / start.norm(dim=0).clamp_min(1.0)).expand_as(self.weight))
 
     def features(self, x, weight):
-        projected = torch.matmul(x, weight.to(x.dtype)) * self.head_dim**-0.25
+        scaled = weight.to(x.dtype) * self.head_dim**-0.25
+        projected = _in_place_of(torch.bmm(_by_head(x), scaled), x)
         row, column, factor = _constant(_pairs, self.feature_dim, x.dtype, x.device)
         squares = projected[..., row] * projected[..., column] * factor
         return torch.cat([torch.ones_like(projected[..., :1]), projected, squares], dim=-1)

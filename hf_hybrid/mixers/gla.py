@@ -37,7 +37,7 @@ class GLAConfig(MixerConfig):
 @register_mixer
 class GLA(LinearMixer):
     r"""
-    $S_t = \mathrm{diag}(\alpha_t) S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\log \alpha_t = \max(-1, \tfrac{1}{16} \log \sigma(W_2 W_1 x_t + b))$; then
+    $S_t = \mathrm{diag}(\alpha_t) S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\log \alpha_t = \max(-2, \tfrac{1}{16} \log \sigma(W_2 W_1 x_t + b))$; then
     the [`OutputStage`].
 
     Reference: [GLA](https://huggingface.co/papers/2312.06635), section 4. Differs: queries, keys and values are the softmax layer's own, one
@@ -52,7 +52,7 @@ class GLA(LinearMixer):
     config_class = GLAConfig
     temperature = 16.0
     # log-decays are kept above: trained gates stay far from it, and one product per chunk does
-    min_decay = -1.0
+    min_decay = -2.0
 
     def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, **sizes):
         super().__init__(**sizes)

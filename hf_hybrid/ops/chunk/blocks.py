@@ -3,18 +3,22 @@
 import torch
 
 
-# Matrices per batched product, over sequences, key-value heads and chunks: enough to drown dispatch, few enough to stay in cache.
-BLOCK_MATRICES = 24
+# What a block writes and reads again, in bytes: enough work to drown dispatch, little enough to stay in a core's cache.
+BLOCK_BYTES = 1_200_000
 
 
-def blocks(length: int, chunk_size: int, num_states: int):
+def blocks(length: int, chunk_size: int, bytes_per_token: int):
     """`(start, stop, tokens per chunk)` of every block: whole chunks, then what is left as one short chunk."""
     whole = length - length % chunk_size
-    step = max(1, BLOCK_MATRICES // num_states) * chunk_size
+    step = chunks_per_block(chunk_size, bytes_per_token) * chunk_size
     for start in range(0, whole, step):
         yield start, min(start + step, whole), chunk_size
     if whole < length:
         yield whole, length, length - whole
+
+
+def chunks_per_block(chunk_size: int, bytes_per_token: int) -> int:
+    return max(1, round(BLOCK_BYTES / (chunk_size * bytes_per_token)))
 
 
 def by_chunk(x, start, stop, size):

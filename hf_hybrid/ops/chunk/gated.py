@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from ..matmul import matmul_mode
 from ..naive import l2_normalized
-from .blocks import BLOCK_MATRICES
+from .blocks import chunks_per_block
 
 
-CHUNK_SIZE = 64
+CHUNK_SIZE = 32
 # A log-decay below this forgets everything a float can hold; smaller ones would only cost digits of the cumulative sum.
 STRONGEST_HEAD_DECAY = -20.0
 STRONGEST_CHANNEL_DECAY = -16.0
@@ -35,8 +35,8 @@ def chunk_gated_linear_attention(
     """
     Chunkwise [`naive_gated_linear_attention`]: same arguments, shapes and results.
 
-    With decays per channel, `min_decay` decides the form, see [`sub_chunk_size_of`]: down to -1 one product per chunk ("direct"), down to -4
-    four ("safe"), else more.
+    With decays per channel, `min_decay` decides the form, see [`sub_chunk_size_of`]: down to -2 one product per chunk ("direct"), down to -4
+    two ("safe"), else more.
     """
     block = _linear_block if decay.ndim == 3 else _channel_linear_block
     return _scan(
@@ -106,7 +106,8 @@ def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, st
     if state is not None:
         running = state.to(wide).flatten(0, 1)
 
-    span = chunk_size * max(1, BLOCK_MATRICES // num_states)
+    itemsize = torch.empty((), dtype=compute).element_size()
+    span = chunk_size * chunks_per_block(chunk_size, batch * num_heads * key_dim * itemsize)
     track = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, decay, beta, state)
     )

@@ -14,28 +14,47 @@ from ..naive import TINY
 from .blocks import blocks, by_chunk, running_states
 
 
-# Tokens per chunk: the work inside chunks, quadratic in this, balances the work on the state.
-CHUNK_SIZE = 64
+# Tokens per chunk: the work inside chunks, quadratic in this, balances the work on the state. Of the smaller products of a smaller chunk
+# two-byte types, which multiply faster, make less.
+CHUNK_SIZE = {4: 32, 2: 64}  # by bytes per number
+# So few tokens are one chunk: calls cost more than arithmetic.
+ONE_CHUNK = 128
+
+
+def chunk_size_of(x) -> int:
+    return CHUNK_SIZE.get(x.element_size(), 32)
+
+
+def block_bytes_per_token(query, feature_map_q) -> int:
+    """Query features of one token, in bytes: what decides how long a block may be."""
+    width = query.shape[-1] if feature_map_q is None else feature_map_q.output_dim
+    return query.shape[0] * query.shape[2] * width * query.element_size()
 
 
 def chunk_linear_attention(
     query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
-    normalize=True, chunk_size=CHUNK_SIZE,
+    normalize=True, chunk_size=None,
 ):  # fmt: skip
     """Chunkwise [`naive_linear_attention`]: same arguments, shapes and results. State and normaliser are fp32 or wider."""
     weights_q, weights_k = (() if f is None else f.weights() for f in (feature_map_q, feature_map_k))
     functions = tuple(None if f is None else f.features for f in (feature_map_q, feature_map_k))
     arguments = (query, key, value, initial_state, *weights_q, *weights_k)
+    length = query.shape[1]
+    chunk_size = chunk_size or (length if length <= ONE_CHUNK else chunk_size_of(query))
+    plan = list(blocks(length, chunk_size, block_bytes_per_token(query, feature_map_q)))
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
-        output, state = _LinearAttention.apply(functions, len(weights_q), valid, normalize, chunk_size, *arguments)
+        output, state = _LinearAttention.apply(functions, len(weights_q), valid, normalize, plan, *arguments)
     else:
         output, state, _, _ = _forward(
-            functions, weights_q, weights_k, query, key, value, initial_state, valid, normalize, chunk_size
-        )
+            functions, weights_q, weights_k, query, key, value, initial_state, valid, normalize, plan,
+            output_final_state=output_final_state,
+        )  # fmt: skip
     return output, (state if output_final_state else None)
 
 
-def _forward(functions, weights_q, weights_k, query, key, value, state, valid, normalize, chunk_size, keep=False):
+def _forward(
+    functions, weights_q, weights_k, query, key, value, state, valid, normalize, plan, keep=False, output_final_state=True
+):
     """Returns `(output, final state, denominators, state before each block)`; the last two only with `keep`."""
     batch, length, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
@@ -48,16 +67,15 @@ def _forward(functions, weights_q, weights_k, query, key, value, state, valid, n
     state = None if state is None else state.to(wide)
     shape = None
     with matmul_mode(query):
-        for start, stop, size in blocks(length, chunk_size, batch * num_kv_heads):
+        for start, stop, size in plan:
             num_chunks = (stop - start) // size
             if (num_chunks, size) != shape:
                 shape = num_chunks, size
                 matrices = batch * num_chunks * num_kv_heads
                 rows = query.new_empty(batch, num_chunks, num_heads, size, key_dim)
                 columns_k = key.new_empty(batch, num_chunks, num_kv_heads, size, key_dim)
-                augmented = value.new_ones(
-                    batch, num_chunks, num_kv_heads, size, columns
-                )  # ones column: the normaliser
+                # ones column: the normaliser
+                augmented = value.new_ones(batch, num_chunks, num_kv_heads, size, columns)
                 values_1 = augmented.view(matrices, size, columns)
                 scores = query.new_empty(matrices, groups * size, size)
                 mixed = query.new_empty(matrices, groups * size, columns)
@@ -75,12 +93,13 @@ def _forward(functions, weights_q, weights_k, query, key, value, state, valid, n
             torch.bmm(features_q, transposed, out=scores)
             scores.view(-1, groups, size, size).tril_()
             torch.bmm(scores, values_1, out=mixed)
-            increments = torch.bmm(transposed, values_1).view(batch, num_chunks, num_kv_heads, -1, columns)
             kept.append(state)
-            first = state is None
-            states, state = running_states(state, increments, dtype)
-            if num_chunks > 1 or not first:
-                mixed.baddbmm_(features_q, states.flatten(0, 2))
+            if num_chunks > 1 or state is not None or stop < length or output_final_state:
+                first = state is None
+                increments = torch.bmm(transposed, values_1).view(batch, num_chunks, num_kv_heads, -1, columns)
+                states, state = running_states(state, increments, dtype)
+                if num_chunks > 1 or not first:
+                    mixed.baddbmm_(features_q, states.flatten(0, 2))
             if normalize:
                 weight = by_head[..., value_dim:]
                 weight.masked_fill_(weight <= TINY, torch.inf)  # a query that sees nothing: 0, with gradient 0
@@ -96,13 +115,13 @@ class _LinearAttention(torch.autograd.Function):
     """The forward pass above with one reverse pass over the blocks. Features and states within a block are computed again, not kept."""
 
     @staticmethod
-    def forward(ctx, functions, num_weights_q, valid, normalize, chunk_size, query, key, value, state, *weights):
+    def forward(ctx, functions, num_weights_q, valid, normalize, plan, query, key, value, state, *weights):
         ctx.set_materialize_grads(False)
         output, final_state, denominators, states = _forward(
             functions, weights[:num_weights_q], weights[num_weights_q:], query, key, value, state, valid, normalize,
-            chunk_size, keep=True,
+            plan, keep=True,
         )  # fmt: skip
-        ctx.settings = functions, num_weights_q, normalize, chunk_size, state is None, len(states), valid is not None
+        ctx.settings = functions, num_weights_q, normalize, plan, state is None, len(states), valid is not None
         kept = [query, key, value, output, denominators, valid, *(states[1:] if state is None else states), *weights]
         ctx.save_for_backward(*(x for x in kept if x is not None))
         return output, final_state
@@ -110,7 +129,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_state):
-        functions, num_weights_q, normalize, chunk_size, from_start, num_blocks, padded = ctx.settings
+        functions, num_weights_q, normalize, plan, from_start, num_blocks, padded = ctx.settings
         saved = list(ctx.saved_tensors)
         query, key, value, output = saved[:4]
         del saved[:4]
@@ -131,9 +150,7 @@ class _LinearAttention(torch.autograd.Function):
         grad_after = None if grad_state is None else grad_state.to(wide)  # of the state after the block
         shape = None
         with matmul_mode(query):
-            for block, (start, stop, size) in reversed(
-                list(enumerate(blocks(length, chunk_size, batch * num_kv_heads)))
-            ):
+            for block, (start, stop, size) in reversed(list(enumerate(plan))):
                 num_chunks = (stop - start) // size
                 if (num_chunks, size) != shape:
                     shape = num_chunks, size

@@ -106,7 +106,10 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     # whole chunks before a chunk cover its window
     back = -(-window_size // chunk_size) * chunk_size
-    old_key, old_value, visible = _with_history(key, value, valid, state, is_sink, window_size, back, chunk_size)
+    # the weights of a token are the widest thing there is
+    bytes_per_token = batch * num_heads * (num_sinks + back + chunk_size) * 4
+    plan = list(blocks(length, chunk_size, bytes_per_token))
+    old_key, old_value, visible = _with_history(key, value, valid, state, is_sink, window_size, back, plan)
 
     token = torch.arange(chunk_size, device=query.device)[:, None]
     offset = torch.arange(back + chunk_size, device=query.device) - back
@@ -122,7 +125,7 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
         recurrent = None if state is None else state.recurrent.to(wide)
     shape = None
     with matmul_mode(band):
-        for start, stop, size in blocks(length, chunk_size, batch * num_kv_heads):
+        for start, stop, size in plan:
             num_chunks = (stop - start) // size
             if (num_chunks, size) != shape:
                 shape = num_chunks, size
@@ -144,9 +147,8 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
             shift = start - back
             for buffer, old, new in ((reach_key, old_key, key), (reach_value[..., :value_dim], old_value, value)):
                 source, first = (new, shift) if shift >= 0 else (old, start)
-                reach = source[:, first : first + back + stop - start].unfold(
-                    1, back + size, size
-                )  # [B, N, H_kv, K, back + C]
+                # [B, N, H_kv, K, back + C]
+                reach = source[:, first : first + back + stop - start].unfold(1, back + size, size)
                 buffer[..., num_sinks:, :].copy_(reach.transpose(3, 4))
             keys_1 = reach_key.view(matrices, width, key_dim).transpose(1, 2)
             torch.baddbmm(bias, rows.view(matrices, groups * size, key_dim), keys_1, alpha=scale, out=scores)
@@ -174,7 +176,9 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
                 if seen is not None:
                     largest.masked_fill_(largest == 0.0, 1.0)
                 restore = (inverse_factor / largest.view(*by_head.shape[:-1], 1)).view_as(largest)
-                torch.mul(scores, restore, out=weights)
+                scores.mul_(restore)
+                if weights is not scores:
+                    weights.copy_(scores)  # a product that rounds as it writes does not vectorise
                 features_q = features_q.reshape(matrices, groups * size, -1)
                 features_k = reach_key[..., num_sinks : num_sinks + older, :].to(dtype).contiguous()
                 features_k = linear.feature_map_k.features(features_k, *weights_k)
@@ -199,16 +203,13 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
     return output, recurrent
 
 
-def _with_history(key, value, valid, state, is_sink, window_size, back, chunk_size):
+def _with_history(key, value, valid, state, is_sink, window_size, back, plan):
     """
     The first blocks reach back before the new tokens: `back` earlier positions, of which the last `window_size` may hold history, in front of
     the new ones. Returns keys and values of as many new tokens as such blocks have, and who is visible, bool `[B, back + T]`.
     """
     batch, length = key.shape[:2]
-    num_states = batch * key.shape[2]
-    reached = next(
-        (stop for start, stop, _ in blocks(length, chunk_size, num_states) if stop >= min(back, length)), length
-    )
+    reached = next((stop for _, stop, _ in plan if stop >= min(back, length)), length)
     visible = F.pad(~is_sink if valid is None else valid & ~is_sink, (back, 0))
     early_key, early_value = (F.pad(x[:, :reached], (0, 0, 0, 0, back, 0)) for x in (key, value))
     if state is not None:
