@@ -518,10 +518,7 @@ def main():
         "layer": lambda: layer(8192, 3),
         "memory": lambda: memory(16384),
     }
-    if options.quick:
-        rows = prefill(4096, 3)
-    else:
-        rows = [row for name in options.phases.split(",") for row in phases[name]()]
+    rows = prefill(4096, 3) if options.quick else [row for name in options.phases.split(",") for row in phases[name]()]
     if options.json:
         machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
         temporary = options.json + ".tmp"

@@ -167,9 +167,11 @@ class HedgehogFeatureMap(FeatureMap):
             return self.features(x.transpose(1, 2), weight).transpose(1, 2)
         made_of = (weight.data_ptr(), weight._version, x.dtype)
         if self._two_sided is None or self._two_sided[0] != made_of:
-            scaled = weight.to(x.dtype) * self.head_dim**-0.25
+            # fp32 or wider: products of one row are no faster in bf16, and what is done with the features is fp32
+            scaled = weight.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
             self._two_sided = (made_of, torch.cat([scaled, -scaled], dim=-1))
-        projected = torch.bmm(x.view(self.num_heads, 1, -1), self._two_sided[1])  # [H, 1, 2 F]
+        two_sided = self._two_sided[1]
+        projected = torch.bmm(x.view(self.num_heads, 1, -1).to(two_sided.dtype), two_sided)  # [H, 1, 2 F]
         return projected.view(self.num_heads, 2, -1).softmax(-1).view(1, 1, self.num_heads, -1)
 
 

@@ -75,7 +75,7 @@ def window_attention(
 
 def _can_step(state, num_sinks, window_size, query) -> bool:
     # a compiled graph cannot look into the state; on a GPU looking would wait for it
-    if torch.compiler.is_compiling() or not query.device.type == "cpu":
+    if torch.compiler.is_compiling() or query.device.type != "cpu":
         return False
     if torch.is_grad_enabled() and (query.requires_grad or any(x is not None and x.requires_grad for x in state)):
         return False

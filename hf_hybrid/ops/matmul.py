@@ -26,9 +26,13 @@ def fast_fp32_matmul():
         backend.fp32_precision = before
 
 
-def matmul_mode(x: torch.Tensor):
-    """[`fast_fp32_matmul`] where it can matter for products of `x`'s kind: fp32 on a CPU."""
-    if x.dtype == torch.float32 and x.device.type == "cpu":
+# Rows from which the switch pays: oneDNN's products cost more to start.
+FEWEST_ROWS = 256
+
+
+def matmul_mode(x: torch.Tensor, rows: int):
+    """[`fast_fp32_matmul`] where it can matter for products of `x`'s kind over so many rows (tokens) in all: fp32 on a CPU."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and rows >= FEWEST_ROWS:
         return fast_fp32_matmul()
     return contextlib.nullcontext()
 

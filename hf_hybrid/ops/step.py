@@ -5,7 +5,6 @@ that is still needed, nor under autograd. At this size calls cost more than arit
 """
 
 import torch
-from torch.nn import functional as F
 
 from .naive import TINY, WindowState
 
@@ -82,10 +81,7 @@ def step_gated_delta_rule(
     rows = query.reshape(num_states, num_heads // per_row, key_dim)
     columns, written = key.reshape(num_states, 1, key_dim), value.reshape(num_states, 1, value_dim)
     if qk_l2norm:
-        # `l2_normalized` of both in fewer calls: the epsilon is the square of one more coordinate
-        both = torch.cat([rows, columns], dim=1)
-        both = both / torch.linalg.vector_norm(torch.constant_pad_nd(both, (0, 1), 1e-3), dim=-1, keepdim=True)
-        rows, columns = both[:, :-1], both[:, -1:]
+        rows, columns = _l2_normalized(rows), _l2_normalized(columns)
     if min_decay is not None:
         decay = decay.clamp_min(min_decay)
     kept = decay.to(wide).exp().view(num_states, -1, 1)  # [R, 1 or K, 1]
@@ -98,12 +94,26 @@ def step_gated_delta_rule(
         written = (written - torch.bmm(columns, state)) * beta.to(wide).view(num_states, 1, 1)
     columns = columns.transpose(1, 2)
     state = state.addcmul_(columns, written) if inplace_final_state else torch.addcmul(state, columns, written)
-    mixed = torch.bmm(rows, state).mul_(scale).view(batch, 1, num_heads, value_dim)
+    mixed = _scaled_bmm(rows, state, scale).view(batch, 1, num_heads, value_dim)
     if dtype != wide:
         mixed = mixed.to(dtype)
     if inplace_final_state:
         return mixed, initial_state
     return mixed, (state.view(batch, per_row, key_dim, value_dim) if output_final_state else None)
+
+
+# Square root of the epsilon of `l2_normalized`.
+_EPSILON = torch.tensor(1e-3, dtype=torch.float64)
+
+
+def _l2_normalized(x):
+    """`l2_normalized` in three calls."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(_EPSILON)
+
+
+def _scaled_bmm(x, y, scale):
+    """A product and its factor in one call; multiplying by a Python number costs as much as a small product."""
+    return torch.baddbmm(x.new_empty(1), x, y, beta=0, alpha=scale)
 
 
 def step_window_attention(
@@ -126,7 +136,7 @@ def step_window_attention(
         columns = (
             linear.feature_map_k.step_features(old_key.transpose(1, 2).to(dtype)).to(wide).reshape(num_states, -1, 1)
         )
-        written = F.pad(old_value.to(wide), (0, 1), value=1.0).view(num_states, 1, value_dim + 1)
+        written = torch.constant_pad_nd(old_value.to(wide), (0, 1), 1.0).view(num_states, 1, value_dim + 1)
         recurrent = state.recurrent.view(num_states, -1, value_dim + 1).addcmul_(columns, written)
         features = _features(linear.feature_map_q, query).to(wide).reshape(num_states, groups, -1)
         mixed = torch.bmm(features, recurrent)
@@ -138,7 +148,7 @@ def step_window_attention(
     all_keys, all_values = state.key.view(num_states, slots, key_dim), state.value.view(num_states, slots, value_dim)
     if dtype != wide:
         rows, all_keys, all_values = rows.to(wide), all_keys.to(wide), all_values.to(wide)
-    weights = torch.bmm(rows, all_keys.transpose(1, 2)).mul_(scale).softmax(-1)
+    weights = _scaled_bmm(rows, all_keys.transpose(1, 2), scale).softmax(-1)
     output = torch.bmm(weights, all_values)
     if linear is not None:
         # the largest of the weights e^(s - m) is 1; what the softmax leaves of it is 1 / sum

@@ -115,36 +115,35 @@ def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, st
     if not track:
         output = query.new_empty(batch, length, num_heads, value_dim)
         by_group = output.unflatten(2, (num_kv_heads, expand, groups))
-    with matmul_mode(running):
-        for start in range(0, length, span):
-            here = slice(start, min(start + span, length))
-            pad = -(here.stop - start) % chunk_size
-            num_chunks = (here.stop - start + pad) // chunk_size
+    for start in range(0, length, span):
+        here = slice(start, min(start + span, length))
+        pad = -(here.stop - start) % chunk_size
+        num_chunks = (here.stop - start + pad) // chunk_size
 
-            def chunks(x, *lead, here=here, pad=pad, num_chunks=num_chunks):
-                """`[.., T, K]` -> `[*lead, N, C, K]`, filled up with zeros."""
-                x = x[..., here, :]
-                x = F.pad(x, (0, 0, 0, pad)) if pad else x
-                return x.reshape(*lead, num_chunks, chunk_size, x.shape[-1])
+        def chunks(x, *lead, here=here, pad=pad, num_chunks=num_chunks):
+            """`[.., T, K]` -> `[*lead, N, C, K]`, filled up with zeros."""
+            x = x[..., here, :]
+            x = F.pad(x, (0, 0, 0, pad)) if pad else x
+            return x.reshape(*lead, num_chunks, chunk_size, x.shape[-1])
 
-            # contiguous: products of strided views are slow
-            rows = chunks(queries, num_states, groups).transpose(1, 2).contiguous().to(compute)  # [R, N, G, C, K]
-            columns, written = (chunks(x, num_states).contiguous().to(compute) for x in (keys, values))
-            if qk_l2norm:
-                rows, columns = l2_normalized(rows), l2_normalized(columns)
-            cumulative = chunks(decay, num_states).cumsum(2)  # [R, N, C, 1 or K]
-            strength = None if beta is None else chunks(beta.unsqueeze(-1), num_states)
-            mixed, running = block(
-                running, rows * scale, columns, written, cumulative, strength, sub_chunk_size, in_place=not track
-            )  # [R, N, G * C, V]
-            mixed = mixed.view(batch, num_kv_heads, expand, num_chunks, groups, chunk_size, value_dim)
-            mixed = mixed.permute(0, 3, 5, 1, 2, 4, 6)  # [B, N, C, H_kv, E, G, V]
-            if track:
-                outputs.append(mixed.reshape(batch, -1, num_heads, value_dim)[:, : here.stop - start].to(dtype))
-            elif pad:
-                by_group[:, here].copy_(mixed.flatten(1, 2)[:, : here.stop - start])
-            else:
-                by_group[:, here].unflatten(1, (num_chunks, chunk_size)).copy_(mixed)
+        # contiguous: products of strided views are slow
+        rows = chunks(queries, num_states, groups).transpose(1, 2).contiguous().to(compute)  # [R, N, G, C, K]
+        columns, written = (chunks(x, num_states).contiguous().to(compute) for x in (keys, values))
+        if qk_l2norm:
+            rows, columns = l2_normalized(rows), l2_normalized(columns)
+        cumulative = chunks(decay, num_states).cumsum(2)  # [R, N, C, 1 or K]
+        strength = None if beta is None else chunks(beta.unsqueeze(-1), num_states)
+        mixed, running = block(
+            running, rows * scale, columns, written, cumulative, strength, sub_chunk_size, in_place=not track
+        )  # [R, N, G * C, V]
+        mixed = mixed.view(batch, num_kv_heads, expand, num_chunks, groups, chunk_size, value_dim)
+        mixed = mixed.permute(0, 3, 5, 1, 2, 4, 6)  # [B, N, C, H_kv, E, G, V]
+        if track:
+            outputs.append(mixed.reshape(batch, -1, num_heads, value_dim)[:, : here.stop - start].to(dtype))
+        elif pad:
+            by_group[:, here].copy_(mixed.flatten(1, 2)[:, : here.stop - start])
+        else:
+            by_group[:, here].unflatten(1, (num_chunks, chunk_size)).copy_(mixed)
     if track:
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     return output, (running.view(batch, num_states_per_row, key_dim, value_dim) if output_final_state else None)
@@ -154,44 +153,50 @@ def _linear_block(state, rows, columns, values, cumulative, strength, sub_chunk_
     """One block, one decay per head. Returns `([R, N, G * C, V], state)`."""
     num_states, num_chunks, groups, size, key_dim = rows.shape
     dtype, matrices = rows.dtype, num_states * num_chunks
-    scores = torch.bmm(
-        rows.reshape(matrices, groups * size, key_dim), columns.reshape(matrices, size, key_dim).transpose(1, 2)
-    )
-    weights = _head_decays(cumulative).to(dtype)  # [R, N, C, C]
-    scores = _times(scores.view(num_states, num_chunks, groups, size, size), weights.unsqueeze(2), in_place)
-    mixed = torch.bmm(scores.view(matrices, groups * size, size), values.reshape(matrices, size, -1))
-    last = cumulative[:, :, -1:]
-    kept = (columns * (last - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
-    increments = torch.bmm(kept.transpose(1, 2), values.reshape(matrices, size, -1))
-    states, state = _run(state, last.exp(), increments.view(num_states, num_chunks, key_dim, -1))
-    rows = _times(rows, cumulative.exp().unsqueeze(2).to(dtype), in_place).reshape(matrices, groups * size, key_dim)
-    return torch.baddbmm(mixed, rows, states.to(dtype).flatten(0, 1)), state
+    with matmul_mode(rows, matrices * size):
+        scores = torch.bmm(
+            rows.reshape(matrices, groups * size, key_dim), columns.reshape(matrices, size, key_dim).transpose(1, 2)
+        )
+        weights = _head_decays(cumulative).to(dtype)  # [R, N, C, C]
+        scores = _times(scores.view(num_states, num_chunks, groups, size, size), weights.unsqueeze(2), in_place)
+        mixed = torch.bmm(scores.view(matrices, groups * size, size), values.reshape(matrices, size, -1))
+        last = cumulative[:, :, -1:]
+        kept = (columns * (last - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
+        increments = torch.bmm(kept.transpose(1, 2), values.reshape(matrices, size, -1))
+        states, state = _run(state, last.exp(), increments.view(num_states, num_chunks, key_dim, -1))
+        rows = _times(rows, cumulative.exp().unsqueeze(2).to(dtype), in_place).reshape(
+            matrices, groups * size, key_dim
+        )
+        return torch.baddbmm(mixed, rows, states.to(dtype).flatten(0, 1)), state
 
 
 def _channel_linear_block(state, rows, columns, values, cumulative, strength, sub_chunk_size, in_place):
     """One block, one decay per key channel. Returns `([R, N, G * C, V], state)`."""
     num_states, num_chunks, groups, size, key_dim = rows.shape
     dtype, matrices = rows.dtype, num_states * num_chunks
-    last = cumulative[:, :, -1:]
-    values = values.reshape(matrices, size, -1)
-    if sub_chunk_size == size:
-        # one reference for the whole chunk: rows e^(b - r), columns e^(r - b); the state's rows take e^r instead of the queries
-        reference = cumulative[:, :, :1]
-        rows = (rows * (cumulative - reference).exp().unsqueeze(2).to(dtype)).reshape(matrices, groups * size, key_dim)
-        columns = (columns * (reference - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
-        scores = torch.bmm(rows, columns.transpose(1, 2)).view(num_states, num_chunks, groups, size, size)
-        scores = scores.tril_() if in_place else scores.tril()
-        increments = torch.bmm(columns.transpose(1, 2), values).view(num_states, num_chunks, key_dim, -1)
-        states, state = _run(state, last.exp(), increments, (last - reference).exp().transpose(2, 3))
-        states = states * reference.exp().transpose(2, 3)
-    else:
-        scores = _channel_scores(rows, columns, cumulative, sub_chunk_size)
-        rows = (rows * cumulative.exp().unsqueeze(2).to(dtype)).reshape(matrices, groups * size, key_dim)
-        kept = (columns * (last - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
-        increments = torch.bmm(kept.transpose(1, 2), values).view(num_states, num_chunks, key_dim, -1)
-        states, state = _run(state, last.exp(), increments)
-    mixed = torch.bmm(scores.reshape(matrices, groups * size, size), values)
-    return torch.baddbmm(mixed, rows, states.to(dtype).flatten(0, 1)), state
+    with matmul_mode(rows, matrices * size):
+        last = cumulative[:, :, -1:]
+        values = values.reshape(matrices, size, -1)
+        if sub_chunk_size == size:
+            # one reference for the whole chunk: rows e^(b - r), columns e^(r - b); the state's rows take e^r instead of the queries
+            reference = cumulative[:, :, :1]
+            rows = (rows * (cumulative - reference).exp().unsqueeze(2).to(dtype)).reshape(
+                matrices, groups * size, key_dim
+            )
+            columns = (columns * (reference - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
+            scores = torch.bmm(rows, columns.transpose(1, 2)).view(num_states, num_chunks, groups, size, size)
+            scores = scores.tril_() if in_place else scores.tril()
+            increments = torch.bmm(columns.transpose(1, 2), values).view(num_states, num_chunks, key_dim, -1)
+            states, state = _run(state, last.exp(), increments, (last - reference).exp().transpose(2, 3))
+            states = states * reference.exp().transpose(2, 3)
+        else:
+            scores = _channel_scores(rows, columns, cumulative, sub_chunk_size)
+            rows = (rows * cumulative.exp().unsqueeze(2).to(dtype)).reshape(matrices, groups * size, key_dim)
+            kept = (columns * (last - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
+            increments = torch.bmm(kept.transpose(1, 2), values).view(num_states, num_chunks, key_dim, -1)
+            states, state = _run(state, last.exp(), increments)
+        mixed = torch.bmm(scores.reshape(matrices, groups * size, size), values)
+        return torch.baddbmm(mixed, rows, states.to(dtype).flatten(0, 1)), state
 
 
 def _run(state, decays, increments, factor=None):
@@ -211,33 +216,40 @@ def _delta_block(state, rows, columns, values, cumulative, strength, sub_chunk_s
     r"""
     One block of the delta rule. Within a chunk the writes $u$ solve $(I + L) u = \beta (v - \tilde k^\top S)$ with
     $L_{ij} = \beta_i\, e^{b_i - b_j} k_i^\top k_j$ for $j < i$: $T = (I + L)^{-1}$ is found for all chunks at once, and applied where the
-    state is known. Queries and keys read the state in one product. Returns `([R, N, G * C, V], state)`.
+    state is known: $T (v - \tilde k^\top S)$, not $T v - (T \tilde k)^\top S$, which are large numbers of small difference where keys are nearly
+    parallel. Returns `([R, N, G * C, V], state)`.
     """
     num_states, num_chunks, groups, size, key_dim = rows.shape
     matrices, split = num_states * num_chunks, groups * size
-    rows = torch.cat([rows, columns.unsqueeze(2)], dim=2)  # [R, N, G + 1, C, K]
-    if cumulative.shape[-1] == 1:
-        products = torch.bmm(
-            rows.view(matrices, split + size, key_dim), columns.reshape(matrices, size, key_dim).transpose(1, 2)
-        )
-        products = products.view(num_states, num_chunks, groups + 1, size, size)
-        products = _times(products, _head_decays(cumulative).unsqueeze(2), in_place)
-    else:
-        products = _channel_scores(rows, columns, cumulative, sub_chunk_size)
+    tokens = matrices * size
+    with matmul_mode(state, tokens):
+        both = torch.cat([rows, columns.unsqueeze(2)], dim=2)  # [R, N, G + 1, C, K]
+        if cumulative.shape[-1] == 1:
+            products = torch.bmm(
+                both.view(matrices, split + size, key_dim), columns.reshape(matrices, size, key_dim).transpose(1, 2)
+            )
+            products = products.view(num_states, num_chunks, groups + 1, size, size)
+            products = _times(products, _head_decays(cumulative).unsqueeze(2), in_place)
+        else:
+            products = _channel_scores(both, columns, cumulative, sub_chunk_size)
     inverse = _UnitLowerInverse.apply((products[:, :, groups] * strength).flatten(0, 1))
     inverse = inverse.view(num_states, num_chunks, size, size) * strength.transpose(2, 3)
-    scores = products[:, :, :groups].reshape(num_states, num_chunks, split, size)
-    rows = _times(rows, cumulative.exp().unsqueeze(2), in_place).view(num_states, num_chunks, split + size, key_dim)
-    last = cumulative[:, :, -1:]
+    both = _times(both, cumulative.exp().unsqueeze(2), in_place)
+    keys, last = both[:, :, groups], cumulative[:, :, -1:]
     kept = (columns * (last - cumulative).exp()).transpose(2, 3)
     decays = last.exp().transpose(2, 3)
-    outputs = []
+    states, writes = [], []
+    # the only sequential part: few small products, which start faster without the switch
     for chunk in range(num_chunks):
-        read = torch.bmm(rows[:, chunk], state)
-        writes = torch.bmm(inverse[:, chunk], values[:, chunk] - read[:, split:])
-        outputs.append(torch.baddbmm(read[:, :split], scores[:, chunk], writes))
-        state = torch.baddbmm(state * decays[:, chunk], kept[:, chunk], writes)
-    return torch.stack(outputs, dim=1), state
+        states.append(state)
+        writes.append(torch.bmm(inverse[:, chunk], torch.baddbmm(values[:, chunk], keys[:, chunk], state, alpha=-1)))
+        state = torch.baddbmm(state * decays[:, chunk], kept[:, chunk], writes[-1])
+    with matmul_mode(state, tokens):
+        scores = products[:, :, :groups].reshape(matrices, split, size)
+        mixed = torch.bmm(scores, torch.stack(writes, dim=1).flatten(0, 1))
+        rows = both[:, :, :groups].reshape(matrices, split, key_dim)
+        mixed = torch.baddbmm(mixed, rows, torch.stack(states, dim=1).flatten(0, 1))
+    return mixed.view(num_states, num_chunks, split, -1), state
 
 
 def _head_decays(cumulative):

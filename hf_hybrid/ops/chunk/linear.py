@@ -53,7 +53,18 @@ def chunk_linear_attention(
 
 
 def _forward(
-    functions, weights_q, weights_k, query, key, value, state, valid, normalize, plan, keep=False, output_final_state=True
+    functions,
+    weights_q,
+    weights_k,
+    query,
+    key,
+    value,
+    state,
+    valid,
+    normalize,
+    plan,
+    keep=False,
+    output_final_state=True,
 ):
     """Returns `(output, final state, denominators, state before each block)`; the last two only with `keep`."""
     batch, length, num_heads, key_dim = query.shape
@@ -66,7 +77,7 @@ def _forward(
     kept = []
     state = None if state is None else state.to(wide)
     shape = None
-    with matmul_mode(query):
+    with matmul_mode(query, batch * length):
         for start, stop, size in plan:
             num_chunks = (stop - start) // size
             if (num_chunks, size) != shape:
@@ -149,7 +160,7 @@ class _LinearAttention(torch.autograd.Function):
         grad_weights = [torch.zeros_like(x, dtype=wide) for x in weights]
         grad_after = None if grad_state is None else grad_state.to(wide)  # of the state after the block
         shape = None
-        with matmul_mode(query):
+        with matmul_mode(query, batch * length):
             for block, (start, stop, size) in reversed(list(enumerate(plan))):
                 num_chunks = (stop - start) // size
                 if (num_chunks, size) != shape:
@@ -255,7 +266,7 @@ def bidirectional_linear_attention(query, key, value, *, feature_map_q=None, fea
     queries, keys, values = (x.transpose(1, 2) for x in (query, key, value))
     state = None
     outputs = []
-    with matmul_mode(query):
+    with matmul_mode(query, batch * length):
         for start in range(0, length, BLOCK_SIZE):
             here = slice(start, min(start + BLOCK_SIZE, length))
             features = mapped(feature_map_k, weights_k, keys[:, :, here])

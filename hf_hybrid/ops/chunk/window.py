@@ -124,7 +124,7 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
         inverse_factor = linear.log_weight.to(wide).clamp_min(-80.0).neg().exp().view(-1, 1, 1)
         recurrent = None if state is None else state.recurrent.to(wide)
     shape = None
-    with matmul_mode(band):
+    with matmul_mode(band, batch * length):
         for start, stop, size in plan:
             num_chunks = (stop - start) // size
             if (num_chunks, size) != shape:
@@ -232,7 +232,7 @@ def _batched_form(query, key, value, valid, state, sinks, *, window_size, scale,
     values = torch.cat([state.value[:, :, num_sinks:].transpose(1, 2).to(value.dtype), value], dim=1)
     numerators, denominators = [], []
     span = chunk_size * CHUNKS_PER_BLOCK
-    with matmul_mode(query):
+    with matmul_mode(query, batch * length):
         for start in range(0, length, span):
             stop = min(start + span, length)
             seen = slice(start, stop + window_size)
