@@ -6,6 +6,7 @@ pass.
 
 import functools
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ class FeatureMap(nn.Module, ABC):
         feature_dim (`int`, *optional*): Width of the learned projection; `None` takes [`FeatureMap.default_feature_dim`]. Ignored by maps
             without one.
     """
+
+    # name of the same map in the compiled kernels, if they have it
+    compiled: ClassVar[str | None] = None
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__()
@@ -135,6 +139,8 @@ class HedgehogFeatureMap(FeatureMap):
     Reference: [Hedgehog](https://huggingface.co/papers/2402.04347), eq. 6; the softmax form is [LoLCATs](https://huggingface.co/papers/2410.10254)'.
     """
 
+    compiled = "hedgehog"
+
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__(num_heads, head_dim, feature_dim)
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, self.feature_dim))
@@ -199,6 +205,8 @@ class _Elu(torch.autograd.Function):
 class EluFeatureMap(FeatureMap):
     r"""$\phi(x) = \mathrm{elu}(x) + 1$, no parameters. Reference: [Transformers are RNNs](https://huggingface.co/papers/2006.16236), eq. 7."""
 
+    compiled = "elu"
+
     def features(self, x):
         if torch.compiler.is_compiling():
             return F.elu(x) + 1.0
@@ -212,6 +220,8 @@ class EluFeatureMap(FeatureMap):
 class ReluFeatureMap(FeatureMap):
     r"""$\phi(x) = \max(x, 0)$, no parameters. A row of zeros yields a zero output. Reference: [T2R](https://huggingface.co/papers/2103.13076)."""
 
+    compiled = "relu"
+
     def features(self, x):
         return F.relu(x)
 
@@ -224,6 +234,8 @@ class SoftmaxFeatureMap(FeatureMap):
     r"""$\phi(x) = \mathrm{softmax}(K^{-1/4} x)$, no parameters. Reference: [Efficient Attention](https://huggingface.co/papers/1812.01243), eq. 5,
     which normalises keys along tokens; here both sides are normalised along features, so that the map knows no other token."""
 
+    compiled = "softmax"
+
     def features(self, x):
         return (x * self.head_dim**-0.25).softmax(-1)
 
@@ -234,6 +246,8 @@ class DpfpFeatureMap(FeatureMap):
     Deterministic parameter-free projection with $\nu = 1$: $r = [\max(x, 0), \max(-x, 0)]$, $\phi(x)_i = r_i\, r_{i-1}$ (cyclic). Output
     size `2 K`. Reference: [Linear Transformers Are Secretly Fast Weight Programmers](https://huggingface.co/papers/2102.11174), eq. 37.
     """
+
+    compiled = "dpfp"
 
     @property
     def output_dim(self) -> int:
@@ -259,6 +273,8 @@ class TaylorFeatureMap(FeatureMap):
     `1 + F + F (F + 1) / 2`. Reference: [Based](https://huggingface.co/papers/2402.18668), section 4.1; each pair of coordinates is kept
     once, where the paper keeps it twice.
     """
+
+    compiled = "taylor"
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__(num_heads, head_dim, feature_dim)

@@ -11,19 +11,24 @@ import os
 import torch
 
 from ..errors import HybridConfigError, MissingDependencyError, closest
-from . import chunk, step
+from . import chunk, cpp, step
+from .cpp.build import kernels
 from .naive import TINY
 
 
-BACKENDS = ("torch", "fla")
+BACKENDS = ("torch", "cpp", "fla")
 
 
 def linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
-    """[`naive.naive_linear_attention`], in the fastest form that fits: one token, fla kernel or chunkwise torch."""
-    if choose_backend(backend, query) == "fla":
+    """[`naive.naive_linear_attention`], in the fastest form that fits: fla or compiled kernel, one token or chunkwise torch."""
+    backend = choose_backend(backend, query)
+    if backend == "fla":
         return _fla_linear_attention(query, key, value, **kwargs)
+    state, maps = kwargs.get("initial_state"), (kwargs.get("feature_map_q"), kwargs.get("feature_map_k"))
+    if backend == "cpp" and cpp.can_run(query, key, value, state, kwargs.get("valid"), feature_maps=maps):
+        return cpp.linear_attention(query, key, value, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
-        inplace = inplace_final_state and kwargs.get("initial_state") is not None
+        inplace = inplace_final_state and state is not None
         return step.step_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
     return chunk.chunk_linear_attention(query, key, value, **kwargs)
 
@@ -33,31 +38,66 @@ def bidirectional_linear_attention(query, key, value, **kwargs):
     return chunk.bidirectional_linear_attention(query, key, value, **kwargs)
 
 
-def gated_linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
+def gated_linear_attention(query, key, value, *, decay, inplace_final_state=False, backend=None, **kwargs):
     """[`naive.naive_gated_linear_attention`], in the fastest form that fits."""
-    if choose_backend(backend, query) == "fla":
-        return _fla_gated(query, key, value, **kwargs)
+    backend = choose_backend(backend, query)
+    if backend == "fla":
+        return _fla_gated(query, key, value, decay=decay, **kwargs)
+    state = kwargs.get("initial_state")
+    if (
+        backend == "cpp"
+        and cpp.can_run(query, key, value, decay, state)
+        and not _needs_grad(query, key, value, decay, state)
+    ):
+        return cpp.gated(query, key, value, decay=decay, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
-        inplace = inplace_final_state and kwargs.get("initial_state") is not None
-        return step.step_gated_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
-    return chunk.chunk_gated_linear_attention(query, key, value, **kwargs)
+        inplace = inplace_final_state and state is not None
+        return step.step_gated_linear_attention(query, key, value, decay=decay, inplace_final_state=inplace, **kwargs)
+    return chunk.chunk_gated_linear_attention(query, key, value, decay=decay, **kwargs)
 
 
-def gated_delta_rule(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
+def gated_delta_rule(query, key, value, *, decay, beta, inplace_final_state=False, backend=None, **kwargs):
     """[`naive.naive_gated_delta_rule`], in the fastest form that fits."""
-    if choose_backend(backend, query) == "fla":
-        return _fla_gated(query, key, value, **kwargs)
+    backend = choose_backend(backend, query)
+    if backend == "fla":
+        return _fla_gated(query, key, value, decay=decay, beta=beta, **kwargs)
+    state = kwargs.get("initial_state")
+    inputs = (query, key, value, decay, beta, state)
+    if backend == "cpp" and cpp.can_run(*inputs) and not _needs_grad(*inputs):
+        return cpp.gated(query, key, value, decay=decay, beta=beta, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
-        inplace = inplace_final_state and kwargs.get("initial_state") is not None
-        return step.step_gated_delta_rule(query, key, value, inplace_final_state=inplace, **kwargs)
-    return chunk.chunk_gated_delta_rule(query, key, value, **kwargs)
+        inplace = inplace_final_state and state is not None
+        return step.step_gated_delta_rule(
+            query, key, value, decay=decay, beta=beta, inplace_final_state=inplace, **kwargs
+        )
+    return chunk.chunk_gated_delta_rule(query, key, value, decay=decay, beta=beta, **kwargs)
 
 
 def window_attention(
-    query, key, value, *, inplace_final_state=False, state=None, valid=None, num_sinks, backend=None, **kwargs
+    query,
+    key,
+    value,
+    *,
+    num_sinks,
+    state=None,
+    valid=None,
+    linear=None,
+    inplace_final_state=False,
+    backend=None,
+    **kwargs,
 ):
-    """[`naive.naive_window_attention`], in the form that fits the number of new tokens. The window is torch's everywhere; what is older is
-    fla's where fla is chosen."""
+    """[`naive.naive_window_attention`], in the form that fits the number of new tokens. On a GPU the window is torch's; what is older is fla's
+    where fla is chosen."""
+    backend = choose_backend(backend, query)
+    kwargs = {**kwargs, "num_sinks": num_sinks, "linear": linear}
+    inputs = [query, key, value, *(state or ())]
+    maps = (None, None) if linear is None else (linear.feature_map_q, linear.feature_map_k)
+    if backend == "cpp" and cpp.can_run(*inputs, valid, feature_maps=maps):
+        weights = () if linear is None else (linear.log_weight, *maps[0].weights(), *maps[1].weights())
+        if not _needs_grad(*inputs, *weights):
+            return cpp.window_attention(
+                query, key, value, state=state, valid=valid, inplace_final_state=inplace_final_state, **kwargs
+            )
     if (
         query.shape[1] == 1
         and valid is None
@@ -65,19 +105,21 @@ def window_attention(
         and _can_step(state, num_sinks, kwargs["window_size"], query)
     ):
         return step.step_window_attention(
-            query, key, value, state=state, num_sinks=num_sinks, inplace_final_state=inplace_final_state, **kwargs
+            query, key, value, state=state, inplace_final_state=inplace_final_state, **kwargs
         )
-    linear_form = functools.partial(linear_attention, backend=choose_backend(backend, query))
-    return chunk.chunk_window_attention(
-        query, key, value, state=state, valid=valid, num_sinks=num_sinks, linear_form=linear_form, **kwargs
-    )
+    linear_form = functools.partial(linear_attention, backend=backend)
+    return chunk.chunk_window_attention(query, key, value, state=state, valid=valid, linear_form=linear_form, **kwargs)
+
+
+def _needs_grad(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _can_step(state, num_sinks, window_size, query) -> bool:
     # a compiled graph cannot look into the state; on a GPU looking would wait for it
     if torch.compiler.is_compiling() or query.device.type != "cpu":
         return False
-    if torch.is_grad_enabled() and (query.requires_grad or any(x is not None and x.requires_grad for x in state)):
+    if _needs_grad(query, *state):
         return False
     return state.is_settled(num_sinks, window_size)
 
@@ -88,7 +130,12 @@ def choose_backend(backend: str | None, x: torch.Tensor) -> str:
         raise HybridConfigError(
             f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{closest(str(backend), BACKENDS)}"
         )
-    return backend or requested_backend() or ("fla" if x.is_cuda and fla_is_available() else "torch")
+    backend = (
+        backend
+        or requested_backend()
+        or ("cpp" if x.is_cpu else "fla" if x.is_cuda and fla_is_available() else "torch")
+    )
+    return "torch" if backend == "cpp" and kernels() is None else backend
 
 
 @functools.cache

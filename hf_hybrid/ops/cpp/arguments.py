@@ -1,0 +1,96 @@
+"""The structures that go to the kernels; each mirrors the one of its name in `src/`."""
+
+import ctypes
+
+import torch
+
+
+int64, pointer = ctypes.c_int64, ctypes.c_void_p
+
+
+class View(ctypes.Structure):
+    """`[B, T, H, K]` in memory, last axis dense."""
+
+    _fields_ = [("data", pointer), ("batch", int64), ("token", int64), ("head", int64)]
+
+
+def view(x: torch.Tensor) -> View:
+    return View(x.data_ptr(), *x.stride()[:3])
+
+
+def address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class LinearArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, int64) for name in (
+            "batch", "tokens", "heads", "kv_heads", "key_dim", "value_dim", "feature_dim", "projected_dim", "map", "dtype", "weight_dtype",
+            "threads", "normalize",
+        )),
+        ("scale", ctypes.c_float),
+        *((name, View) for name in ("query", "key", "value", "output")),
+        *((name, pointer) for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "denominators")),
+        *((name, View) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+        *((name, pointer) for name in ("grad_final_state", "grad_initial_state", "grad_weight_q", "grad_weight_k")),
+    ]  # fmt: skip
+
+
+class GatedArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, int64) for name in (
+            "batch", "tokens", "heads", "kv_heads", "state_heads", "key_dim", "value_dim", "dtype", "threads", "per_channel", "l2norm",
+        )),
+        ("scale", ctypes.c_float),
+        ("min_decay", ctypes.c_float),
+        *((name, View) for name in ("query", "key", "value", "output", "decay", "beta")),
+        ("initial_state", pointer),
+        ("final_state", pointer),
+    ]  # fmt: skip
+
+
+class LinearStep(ctypes.Structure):
+    _fields_ = [
+        *((name, int64) for name in (
+            "batch", "heads", "kv_heads", "key_dim", "value_dim", "feature_dim", "projected_dim", "map", "dtype", "weight_dtype", "normalize",
+        )),
+        ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class GatedStep(ctypes.Structure):
+    _fields_ = [
+        *((name, int64) for name in (
+            "batch", "heads", "kv_heads", "state_heads", "key_dim", "value_dim", "dtype", "per_channel", "l2norm",
+        )),
+        ("scale", ctypes.c_float),
+        ("min_decay", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class WindowState(ctypes.Structure):
+    _fields_ = [(name, pointer) for name in ("key", "value", "visible", "counts", "recurrent")]
+
+
+class WindowArguments(ctypes.Structure):
+    _fields_ = [
+        ("common", LinearArguments),
+        ("window", int64),
+        ("sinks", int64),
+        ("score_scale", ctypes.c_float),
+        ("log_weight", pointer),
+        ("before", WindowState),
+        ("after", WindowState),
+    ]
+
+
+# the entry points of `kernels.cpp` and what each takes
+SIGNATURES = {
+    "linear_forward": [ctypes.POINTER(LinearArguments)],
+    "linear_backward": [ctypes.POINTER(LinearArguments)],
+    "gated_forward": [ctypes.POINTER(GatedArguments)],
+    "window_forward": [ctypes.POINTER(WindowArguments)],
+    "window_step": [ctypes.POINTER(WindowArguments)],
+    "linear_step": [ctypes.POINTER(LinearStep), *[pointer] * 9],
+    "gated_step": [ctypes.POINTER(GatedStep), *[pointer] * 8],
+}

@@ -1,0 +1,164 @@
+// The feature maps of mixers/feature_maps.py that are fast here, row by row, with their gradients.
+#pragma once
+
+#include "simd.h"
+
+namespace hf_hybrid {
+
+enum MapKind : int64_t { NONE, RELU, ELU, SOFTMAX, HEDGEHOG, DPFP, TAYLOR };
+
+// One head's map. Rows are padded with zeros to multiples of W everywhere.
+struct FeatureMap {
+  int64_t kind;
+  index in, projected, out;       // K, width of the projection (K without one), F
+  float scale;                      // K^-1/4, on what is exponentiated or squared
+  const float* weight = nullptr;    // [K, ld_projected]
+  const float* weight_t = nullptr;  // [projected, ld_in]; for gradients only
+
+  bool has_weight() const { return kind == HEDGEHOG || kind == TAYLOR; }
+  index ld_in() const { return padded(in); }
+  index ld_projected() const { return padded(projected); }
+  index ld_out() const { return padded(out); }
+};
+
+// row = softmax(factor * x) over n numbers
+static inline void softmax_row(const float* x, float factor, index n, float* row) {
+  vec top = splat(-3.4e38f);
+  for (index j = 0; j < n; j += W) {
+    vec y = load(x + j) * factor;
+    top = max(top, n - j >= W ? y : (first_lanes(n - j) ? y : top));
+  }
+  vec peak = splat(largest(top)), total = vec{};
+  for (index j = 0; j < n; j += W) {
+    vec y = exp(load(x + j) * factor - peak);
+    if (n - j < W) y = first_lanes(n - j) ? y : vec{};
+    store(row + j, y);
+    total += y;
+  }
+  vec share = splat(1.0f / sum(total));
+  for (index j = 0; j < n; j += W) store(row + j, load(row + j) * share);
+}
+
+// x [m, ld_in] -> out [m, ld_out] and W numbers of slack; `scratch` holds m * ld_projected numbers (the projection is left there)
+static void features(const FeatureMap& f, index m, const float* x, float* scratch, float* out) {
+  const index ldx = f.ld_in(), ldp = f.ld_projected(), ldo = f.ld_out();
+  if (f.has_weight()) multiply(m, ldp, f.in, rows(x, ldx), f.weight, ldp, scratch, ldp, false);
+  for (index i = 0; i < m; i++) {
+    const float* from = f.has_weight() ? scratch + i * ldp : x + i * ldx;
+    float* row = out + i * ldo;
+    const index n = f.projected;
+    switch (f.kind) {
+      case RELU:
+        for (index j = 0; j < ldo; j += W) store(row + j, max(load(from + j), vec{}));
+        break;
+      case ELU:
+        for (index j = 0; j < ldo; j += W) {
+          vec y = load(from + j);
+          y = exp(min(y, vec{})) + max(y, vec{});
+          if (f.out - j < W) y = first_lanes(f.out - j) ? y : vec{};
+          store(row + j, y);
+        }
+        break;
+      case SOFTMAX:
+        softmax_row(from, f.scale, n, row);
+        break;
+      case HEDGEHOG:
+        // where n is no multiple of W, the second half spills up to W numbers over the row: into the next, which is written later
+        softmax_row(from, f.scale, n, row);
+        softmax_row(from, -f.scale, n, row + n);
+        for (index j = 2 * n; j < ldo; j++) row[j] = 0.0f;
+        break;
+      case DPFP: {
+        float before = from[n - 1] < 0.0f ? -from[n - 1] : 0.0f;
+        for (index j = 0; j < 2 * n; j++) {
+          float here = j < n ? from[j] : -from[j - n];
+          here = here > 0.0f ? here : 0.0f;
+          row[j] = here * before;
+          before = here;
+        }
+        for (index j = 2 * n; j < ldo; j++) row[j] = 0.0f;
+        break;
+      }
+      case TAYLOR: {
+        row[0] = 1.0f;
+        float* linear = row + 1;
+        for (index j = 0; j < n; j++) linear[j] = f.scale * from[j];
+        float* pair = linear + n;
+        for (index r = 0; r < n; r++) {
+          pair[0] = linear[r] * linear[r] * 0.70710678f;
+          for (index c = r + 1; c < n; c++) pair[c - r] = linear[r] * linear[c];
+          pair += n - r;
+        }
+        for (index j = f.out; j < ldo; j++) row[j] = 0.0f;
+        break;
+      }
+    }
+  }
+}
+
+// factor * softmax gradient: s (g - <g, s>)
+static inline void softmax_vjp(const float* s, const float* g, index n, float factor, float* out, bool add) {
+  float inner = 0.0f;
+#pragma omp simd reduction(+ : inner)
+  for (index j = 0; j < n; j++) inner += s[j] * g[j];
+  for (index j = 0; j < n; j++) {
+    float d = factor * s[j] * (g[j] - inner);
+    out[j] = add ? out[j] + d : d;
+  }
+}
+
+// From the gradient of the features [m, ld_out] that of the input [m, ld_in], and of the weight [K, ld_projected], added to.
+// `y`: the features; `scratch` holds m * ld_projected numbers.
+static void features_vjp(const FeatureMap& f, index m, const float* x, float* scratch, const float* y, const float* g, float* dx,
+                         float* dweight) {
+  const index ldx = f.ld_in(), ldp = f.ld_projected(), ldo = f.ld_out(), n = f.projected;
+  for (index i = 0; i < m; i++) {
+    const float *gi = g + i * ldo, *yi = y + i * ldo, *xi = x + i * ldx;
+    float *di = dx + i * ldx, *pi = scratch + i * ldp;
+    switch (f.kind) {
+      case RELU:
+        for (index j = 0; j < ldx; j += W) store(di + j, load(xi + j) > vec{} ? load(gi + j) : vec{});
+        break;
+      case ELU:  // the result tells the derivative
+        for (index j = 0; j < ldx; j += W) store(di + j, load(gi + j) * min(load(yi + j), splat(1.0f)));
+        break;
+      case SOFTMAX:
+        softmax_vjp(yi, gi, n, f.scale, di, false);
+        break;
+      case HEDGEHOG:
+        softmax_vjp(yi, gi, n, f.scale, pi, false);
+        softmax_vjp(yi + n, gi + n, n, -f.scale, pi, true);
+        break;
+      case DPFP: {
+        for (index j = 0; j < n; j++) di[j] = 0.0f;
+        for (index j = 0; j < 2 * n; j++) {
+          index b = j ? j - 1 : 2 * n - 1;
+          float here = j < n ? xi[j] : -xi[j - n], before = b < n ? xi[b] : -xi[b - n];
+          if (here <= 0.0f || before <= 0.0f) continue;
+          di[j % n] += (j < n ? 1.0f : -1.0f) * gi[j] * before;
+          di[b % n] += (b < n ? 1.0f : -1.0f) * gi[j] * here;
+        }
+        break;
+      }
+      case TAYLOR: {
+        const float *linear = yi + 1, *pair = gi + 1 + n;
+        for (index j = 0; j < n; j++) pi[j] = gi[1 + j];
+        for (index r = 0; r < n; r++) {
+          pi[r] += pair[0] * 1.41421356f * linear[r];
+          for (index c = r + 1; c < n; c++) {
+            pi[r] += pair[c - r] * linear[c];
+            pi[c] += pair[c - r] * linear[r];
+          }
+          pair += n - r;
+        }
+        for (index j = 0; j < n; j++) pi[j] *= f.scale;
+        break;
+      }
+    }
+  }
+  if (!f.has_weight()) return;
+  multiply(m, ldx, n, rows(scratch, ldp), f.weight_t, ldx, dx, ldx, false);
+  multiply(f.in, ldp, m, transposed(x, ldx), scratch, ldp, dweight, ldp, true);
+}
+
+}  // namespace hf_hybrid

@@ -1,0 +1,170 @@
+// Gated linear attention and the gated delta rule, with one log-decay per head or one per key channel, a chunk at a time.
+//
+// Axes as in linear.h; one task is one sequence and one state with the query heads that read it. Decays appear only as differences of
+// cumulative sums. Per channel they cannot stand between two factors of a product, so both sides are brought to a token in the middle of
+// the chunk: e^(b_i - b_j) = e^(b_i - r) e^(r - b_j). Chunks are so short that neither overflows.
+#pragma once
+
+#include <algorithm>
+
+#include "linear.h"
+
+namespace hf_hybrid {
+
+struct GatedArguments {  // mirrored in arguments.py
+  int64_t batch, tokens, heads, kv_heads, state_heads, key_dim, value_dim, dtype, threads, per_channel, l2norm;
+  float scale, min_decay;
+  View query, key, value, output;
+  View decay, beta;            // fp32; per head `[B, T, H_s]`, decays per channel `[B, T, H_s, K]`; no beta: no delta rule
+  const float* initial_state;  // [B, H_s, K, V] or null
+  float* final_state;          // the same or null
+};
+
+constexpr index HEAD_CHUNK = 32;
+// Smaller log-decays forget all that a float can hold, and would only cost digits of the cumulative sum.
+constexpr float STRONGEST_HEAD_DECAY = -20.0f, STRONGEST_CHANNEL_DECAY = -16.0f;
+// The largest exponent of a rescaled query or key, far from the end of fp32 (88) for huge inputs.
+constexpr float LARGEST_EXPONENT = 64.0f;
+
+static inline void l2_normalize(index c, float* x, index ld) {
+  for (index i = 0; i < c; i++) {
+    float* row = x + i * ld;
+    vec factor = splat(1.0f / std::sqrt(dot(row, row, ld) + 1e-6f));
+    for (index j = 0; j < ld; j += W) store(row + j, load(row + j) * factor);
+  }
+}
+static inline void scale_row(float* row, index n, float factor) {
+  for (index j = 0; j < n; j += W) store(row + j, load(row + j) * factor);
+}
+static inline void multiply_rows(index c, float* x, const float* factors, index ld) {
+  for (index j = 0; j < c * ld; j += W) store(x + j, load(x + j) * load(factors + j));
+}
+
+// (I - N) u = w in place, N strictly lower triangular: forward substitution, which unlike an inverse stays exact where keys are parallel
+static void solve(index c, index n, const float* negative, index ldn, float* u, index ldu) {
+  for (index r = 0; r < c; r += W) {
+    index end = r + W < c ? r + W : c;
+    if (r) multiply(end - r, n, r, rows(negative + r * ldn, ldn), u, ldu, u + r * ldu, ldu, true);
+    for (index i = r + 1; i < end; i++)
+      for (index j = 0; j < n; j += W) {
+        vec sum = load(u + i * ldu + j);
+        for (index p = r; p < i; p++) sum += negative[i * ldn + p] * load(u + p * ldu + j);
+        store(u + i * ldu + j, sum);
+      }
+  }
+}
+
+template <typename T>
+static void gated_forward_task(const GatedArguments& a, index b, index state_head, Arena& arena) {
+  const bool channels = a.per_channel, delta = a.beta.data;
+  const index kv_head = state_head / (a.state_heads / a.kv_heads), groups = a.heads / a.state_heads;
+  const index k = a.key_dim, v = a.value_dim, ldk = padded(k), ldv = padded(v);
+  const float floor = std::max(a.min_decay, channels ? STRONGEST_CHANNEL_DECAY : STRONGEST_HEAD_DECAY);
+  // chunks of half a vector at least; only the number of tokens in use shrinks
+  constexpr index C = HEAD_CHUNK;
+  const index step = !channels ? C : -floor * W / 2 <= LARGEST_EXPONENT ? W : W / 2;
+  const index wide = channels ? C * ldk : C * C;  // decays: per token and channel, or per pair of tokens
+  arena.reset(Arena::total({C * ldk, C * ldk, ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, wide, wide, ldk, C, C, C, k * ldv}));
+  float *keys = arena.take(C * ldk), *near_keys = arena.take(C * ldk), *keys_t = arena.take(ldk * C), *q = arena.take(C * ldk);
+  float *written = arena.take(C * ldv), *out = arena.take(C * ldv), *scores = arena.take(C * C), *lower = arena.take(C * C);
+  float *near = arena.take(wide), *far = arena.take(wide), *reference = arena.take(ldk);
+  float *cumulative = arena.take(C), *from_start = arena.take(C), *to_end = arena.take(C), *s = arena.take(k * ldv);
+
+  const index state_at = (b * a.state_heads + state_head) * k * v;
+  for (index i = 0; i < k; i++) {
+    if (a.initial_state)
+      std::memcpy(s + i * ldv, a.initial_state + state_at + i * v, v * sizeof(float));
+    else
+      zero(s + i * ldv, v);
+    zero(s + i * ldv + v, ldv - v);
+  }
+  for (index t = 0; t < a.tokens; t += step) {
+    const index c = a.tokens - t < step ? a.tokens - t : step, filled = padded(c);
+    load_tokens<T>(a.key, b, t, kv_head, c, filled, k, keys, ldk);
+    load_tokens<T>(a.value, b, t, kv_head, c, filled, v, written, ldv);
+    if (a.l2norm) l2_normalize(c, keys, ldk);
+
+    // decays, and everything of the keys that queries do not enter
+    if (channels) {
+      for (index i = 0; i < c; i++) {  // cumulative sums, for now in `near`
+        const float* decay = a.decay.at<const float>(b, t + i, state_head);
+        for (index j = 0; j < k; j++) near[i * ldk + j] = std::max(decay[j], floor) + (i ? near[(i - 1) * ldk + j] : 0.0f);
+        for (index j = k; j < ldk; j++) near[i * ldk + j] = 0.0f;
+      }
+      const float* middle = near + (c / 2) * ldk;
+      for (index j = 0; j < ldk; j += W) {
+        vec r = load(middle + j), last = load(near + (c - 1) * ldk + j), to_middle = exp(r);
+        for (index i = 0; i < c; i++) {
+          vec difference = load(near + i * ldk + j) - r;
+          store(far + i * ldk + j, exp(-difference));
+          store(near + i * ldk + j, exp(difference));
+        }
+        for (index l = 0; l < W && j + l < k; l++) scale_row(s + (j + l) * ldv, ldv, to_middle[l]);  // the state comes to the middle, too
+        store(reference + j, exp(last - r));
+      }
+      if (delta) {
+        std::memcpy(near_keys, keys, c * ldk * sizeof(float));
+        multiply_rows(c, near_keys, near, ldk);
+      }
+      multiply_rows(c, keys, far, ldk);
+    } else {
+      float total = 0.0f;
+      for (index i = 0; i < c; i++) {
+        total += std::max(*a.decay.at<const float>(b, t + i, state_head), floor);
+        cumulative[i] = total;
+      }
+      for (index i = c; i < filled; i++) cumulative[i] = total;
+      for (index j = 0; j < filled; j += W) {
+        vec sums = load(cumulative + j);
+        store(from_start + j, exp(sums));
+        store(to_end + j, exp(total - sums));
+        for (index i = j; i < c; i++) {  // only what is at or below the diagonal is read
+          vec difference = min(cumulative[i] - sums, vec{});
+          store(near + i * C + j, exp(difference));
+        }
+      }
+    }
+    transpose(filled, ldk, keys, ldk, keys_t, C);
+    if (delta) {
+      const float* left = channels ? near_keys : keys;
+      causal_products(c, k, left, ldk, keys_t, C, lower, C);
+      multiply(c, ldv, k, rows(left, ldk), s, ldv, out, ldv, false);  // what the state recalls
+      for (index i = 0; i < c; i++) {
+        const float beta = *a.beta.at<const float>(b, t + i, state_head), decay = channels ? 1.0f : from_start[i];
+        for (index j = 0; j < i; j++) lower[i * C + j] *= channels ? -beta : -beta * near[i * C + j];
+        for (index j = 0; j < ldv; j += W) store(written + i * ldv + j, beta * (load(written + i * ldv + j) - decay * load(out + i * ldv + j)));
+      }
+      solve(c, ldv, lower, C, written, ldv);
+    }
+
+    for (index g = 0; g < groups; g++) {
+      const index head = state_head * groups + g;
+      load_tokens<T>(a.query, b, t, head, c, c, k, q, ldk);
+      if (a.l2norm) l2_normalize(c, q, ldk);
+      if (channels) multiply_rows(c, q, near, ldk);
+      causal_products(c, k, q, ldk, keys_t, C, scores, C);
+      multiply(c, ldv, k, rows(q, ldk), s, ldv, out, ldv, false);
+      if (!channels)
+        for (index i = 0; i < c; i++) {
+          scale_row(out + i * ldv, ldv, from_start[i]);
+          for (index j = 0; j <= i; j += W) store(scores + i * C + j, load(scores + i * C + j) * load(near + i * C + j));
+        }
+      lower_multiply(c, ldv, scores, C, written, ldv, out, ldv, true);
+      for (index i = 0; i < c; i++) scale_row(out + i * ldv, ldv, a.scale);
+      store_tokens<T>(a.output, b, t, head, c, v, out, ldv);
+    }
+
+    if (!a.final_state && t + step >= a.tokens) continue;
+    if (!channels) {
+      for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, from_start[c - 1]);
+      for (index i = 0; i < c; i++) scale_row(written + i * ldv, ldv, to_end[i]);
+    }
+    multiply(k, ldv, c, transposed(keys, ldk), written, ldv, s, ldv, true);
+    if (channels)
+      for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, reference[i]);
+  }
+  if (a.final_state)
+    for (index i = 0; i < k; i++) std::memcpy(a.final_state + state_at + i * v, s + i * ldv, v * sizeof(float));
+}
+
+}  // namespace hf_hybrid

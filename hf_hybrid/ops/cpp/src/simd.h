@@ -1,0 +1,260 @@
+// Vectors of floats, small matrix products, and moving tokens in and out of fp32 work space.
+// GCC/Clang vector extensions only: the compiler lowers them to whatever the machine has.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <new>
+#include <utility>
+
+namespace hf_hybrid {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;            // floats per vector
+constexpr int TILE_ROWS = 6;     // 6 x 4 accumulators, 4 columns of B and a broadcast fit into 32 registers
+constexpr int TILE_VECTORS = 4;
+#else
+constexpr int W = 8;
+constexpr int TILE_ROWS = 4;     // 4 x 2, into 16 registers
+constexpr int TILE_VECTORS = 2;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+using index = ptrdiff_t;
+
+static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+static inline void store(float* p, vec x) { *reinterpret_cast<unaligned_vec*>(p) = x; }
+static inline vec splat(float x) { return vec{} + x; }
+static inline vec max(vec a, vec b) { return a > b ? a : b; }
+static inline vec min(vec a, vec b) { return a < b ? a : b; }
+static inline index padded(index n) { return (n + W - 1) / W * W; }
+
+// 1 in the first `n` lanes, 0 in the others, as a mask for ?:
+static inline ivec first_lanes(index n) {
+  ivec lane;
+  for (int i = 0; i < W; i++) lane[i] = i;
+  return lane < (ivec{} + int32_t(n));
+}
+
+template <int... I>
+static inline vec swap_halves(vec x, int half, std::integer_sequence<int, I...>) {
+  switch (half) {
+    case 8: return __builtin_shufflevector(x, x, (I ^ 8) % W...);
+    case 4: return __builtin_shufflevector(x, x, (I ^ 4)...);
+    case 2: return __builtin_shufflevector(x, x, (I ^ 2)...);
+    default: return __builtin_shufflevector(x, x, (I ^ 1)...);
+  }
+}
+static inline float sum(vec x) {
+  for (int half = W / 2; half; half /= 2) x += swap_halves(x, half, std::make_integer_sequence<int, W>());
+  return x[0];
+}
+static inline float largest(vec x) {
+  for (int half = W / 2; half; half /= 2) x = max(x, swap_halves(x, half, std::make_integer_sequence<int, W>()));
+  return x[0];
+}
+
+// e^x to about one unit in the last place; 0 below the smallest normal number, and no larger than e^88.
+static inline vec exp(vec x) {
+  const vec lowest = splat(-87.3f), highest = splat(88.0f), magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer
+  vec clamped = min(max(x, lowest), highest);
+  vec n = clamped * 1.44269504f + magic;
+  ivec exponent = (ivec)n << 23;
+  n -= magic;
+  vec r = clamped - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  ivec scaled = (ivec)p + exponent;
+  vec result = x < lowest ? vec{} : (vec)scaled;
+  return x == x ? result : x;
+}
+static inline float exp(float x) { return exp(splat(x))[0]; }
+
+// ---- work space: one arena per thread, kept between calls, so that no page is touched for the first time twice
+
+class Arena {
+ public:
+  ~Arena() { release(); }
+  void reset(size_t floats) {
+    used_ = 0;
+    if (floats <= size_) return;
+    release();
+    data_ = static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64)));
+    size_ = floats;
+  }
+  float* take(index n) {
+    float* p = data_ + used_;
+    used_ += (n + 15) / 16 * 16;
+    return p;
+  }
+  // what `take` needs for blocks of the given sizes
+  static size_t total(std::initializer_list<index> sizes) {
+    size_t n = 0;
+    for (index s : sizes) n += (s + 15) / 16 * 16;
+    return n;
+  }
+
+ private:
+  void release() {
+    if (data_) ::operator delete(data_, std::align_val_t(64));
+    data_ = nullptr;
+  }
+  float* data_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+static inline void zero(float* p, index n) { std::memset(p, 0, n * sizeof(float)); }
+
+// ---- C[m, n] = (or +=) A[m, k] B[k, n]; n a multiple of W. A is read one number at a time, so its two strides are free.
+
+template <int M, int N>
+static inline void tile(index k, const float* a, index a_row, index a_column, const float* __restrict b, index ldb,
+                        float* __restrict c, index ldc, bool add) {
+  vec r[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) r[i][j] = add ? load(c + i * ldc + j * W) : vec{};
+  for (index p = 0; p < k; p++) {
+    vec columns[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) columns[j] = load(b + p * ldb + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      vec x = splat(a[i * a_row + p * a_column]);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) r[i][j] += x * columns[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) store(c + i * ldc + j * W, r[i][j]);
+}
+
+template <int N>
+static void column_panel(index m, index k, const float* a, index a_row, index a_column, const float* b, index ldb, float* c,
+                         index ldc, bool add) {
+  for (; m >= TILE_ROWS; m -= TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * ldc)
+    tile<TILE_ROWS, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
+  switch (m) {
+    case 5: return tile<5, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
+    case 4: return tile<4, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
+    case 3: return tile<3, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
+    case 2: return tile<2, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
+    case 1: return tile<1, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
+  }
+}
+
+struct Matrix {  // of the left-hand side: element (i, p) is at data[i * row + p * column]
+  const float* data;
+  index row, column;
+};
+static inline Matrix rows(const float* data, index ld) { return {data, ld, 1}; }
+static inline Matrix transposed(const float* data, index ld) { return {data, 1, ld}; }
+
+static void multiply(index m, index n, index k, Matrix a, const float* b, index ldb, float* c, index ldc, bool add) {
+  index j = 0;
+  for (; j + TILE_VECTORS * W <= n; j += TILE_VECTORS * W)
+    column_panel<TILE_VECTORS>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
+  switch ((n - j) / W) {
+    case 3: return column_panel<3>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
+    case 2: return column_panel<2>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
+    case 1: return column_panel<1>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
+  }
+}
+
+// ---- transposition, W x W at a time: at every step the off-diagonal halves of pairs of rows change places
+
+template <int H, int... I>
+static inline void exchange(vec& a, vec& b, std::integer_sequence<int, I...>) {
+  vec low = __builtin_shufflevector(a, b, ((I & H) ? W + (I ^ H) : I)...);
+  b = __builtin_shufflevector(a, b, ((I & H) ? W + I : (I ^ H))...);
+  a = low;
+}
+template <int H>
+static inline void exchange_rows(vec (&x)[W]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & H)) exchange<H>(x[i], x[i + H], std::make_integer_sequence<int, W>());
+}
+
+// [m, n] -> [n, m]; both padded to multiples of W in both directions, and everything read is defined
+static void transpose(index m, index n, const float* from, index ldf, float* to, index ldt) {
+  for (index i = 0; i < m; i += W)
+    for (index j = 0; j < n; j += W) {
+      vec x[W];
+#pragma GCC unroll 16
+      for (int r = 0; r < W; r++) x[r] = load(from + (i + r) * ldf + j);
+      if constexpr (W == 16) exchange_rows<W / 2>(x);
+      exchange_rows<4>(x);
+      exchange_rows<2>(x);
+      exchange_rows<1>(x);
+#pragma GCC unroll 16
+      for (int r = 0; r < W; r++) store(to + (j + r) * ldt + i, x[r]);
+    }
+}
+
+// ---- tokens
+
+struct bfloat16 {
+  uint16_t bits;
+};
+static inline float to_float(float x) { return x; }
+static inline float to_float(bfloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+static inline void from_float(float x, float& y) { y = x; }
+static inline void from_float(float x, bfloat16& y) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  y.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+}
+
+// [B, T, H, K] in memory, last axis dense
+struct View {
+  void* data;
+  int64_t batch, token, head;  // strides, in elements
+  template <typename T>
+  T* at(index b, index t, index h) const { return static_cast<T*>(data) + b * batch + t * token + h * head; }
+};
+
+// `tokens` rows of `size` numbers into rows of `ld` floats, filled up with zeros; rows from `tokens` to `all` are zeros
+template <typename T>
+static void load_tokens(const View& x, index b, index t, index h, index tokens, index all, index size, float* to, index ld) {
+  for (index i = 0; i < tokens; i++) {
+    const T* __restrict from = x.at<const T>(b, t + i, h);
+    float* __restrict row = to + i * ld;
+    for (index j = 0; j < size; j++) row[j] = to_float(from[j]);
+    for (index j = size; j < ld; j++) row[j] = 0.0f;
+  }
+  if (all > tokens) zero(to + tokens * ld, (all - tokens) * ld);
+}
+template <typename T>
+static void store_tokens(const View& x, index b, index t, index h, index tokens, index size, const float* from, index ld) {
+  for (index i = 0; i < tokens; i++) {
+    T* __restrict to = x.at<T>(b, t + i, h);
+    const float* __restrict row = from + i * ld;
+    for (index j = 0; j < size; j++) from_float(row[j], to[j]);
+  }
+}
+
+// a weight below this is none; see `naive.TINY`
+constexpr float TINY = 1e-30f;
+
+}  // namespace hf_hybrid

@@ -1,0 +1,341 @@
+// Sliding-window attention with sinks, and optionally linear attention over everything older, under one normaliser.
+//
+// Tokens are taken in blocks of C; a ring of blocks holds what a block of queries can reach: itself and what its window covers. Each query gives
+// every key in reach one weight: an exponential one in its window, a product of features beyond it. What left the ring is in the state.
+#pragma once
+
+#include "step.h"
+
+namespace hf_hybrid {
+
+struct WindowState {  // batch first, as naive.WindowState; tokens in the dtype of the arguments
+  void *key, *value;   // [B, H_kv, S + W, .]
+  uint8_t* visible;    // [B, S + W]
+  int64_t* counts;     // [B, 3]: place of the oldest position in the ring, sinks found, newest positions in a row that are visible
+  float* recurrent;    // [B, H_kv, F, V + 1] or null
+};
+
+struct WindowArguments {  // mirrored in arguments.py
+  LinearArguments common;  // its states are not used
+  int64_t window, sinks;
+  float score_scale;
+  const float* log_weight;  // [H]; null: no linear part
+  WindowState before, after;  // before.key is null at the start of a sequence
+};
+
+constexpr float NOTHING = -3e38f;  // score of a key that is not there
+
+// Which of the new tokens are sinks, and which are to be seen in the window, of one sequence. Positions count from the first new token.
+struct Sorted {
+  const WindowArguments& a;
+  index b;
+  int64_t cursor = 0, known = 0, found = 0;
+  std::vector<index> sink_position;  // per slot: -1 = from before, `tokens` = not found
+
+  Sorted(const WindowArguments& arguments, index row) : a(arguments), b(row), sink_position(arguments.sinks, arguments.common.tokens) {
+    if (a.before.key) cursor = a.before.counts[b * 3], known = found = a.before.counts[b * 3 + 1];
+    for (index slot = 0; slot < found; slot++) sink_position[slot] = -1;
+    for (index p = 0; p < a.common.tokens && found < a.sinks; p++)
+      if (exists(p)) sink_position[found++] = p;
+  }
+  bool exists(index p) const { return !a.common.valid || a.common.valid[b * a.common.tokens + p]; }
+  index ring_slot(index p) const { return a.sinks + (cursor + a.window + p) % a.window; }  // p in [-W, -1]
+  bool visible(index p) const {
+    if (p < 0) return p >= -a.window && a.before.key && a.before.visible[b * (a.sinks + a.window) + ring_slot(p)];
+    for (index slot = known; slot < found; slot++)
+      if (sink_position[slot] == p) return false;
+    return exists(p);
+  }
+};
+
+template <typename T>
+static void copy_row(const T* from, T* to, index size) { std::memcpy(to, from, size * sizeof(T)); }
+
+// The state after the call, all but its recurrent part: one head's keys and values, and for the first head what all share.
+template <typename T>
+static void advance(const WindowArguments& a, const Sorted& sorted, index kv_head) {
+  const LinearArguments& c = a.common;
+  const index b = sorted.b, slots = a.sinks + a.window, head = b * c.kv_heads + kv_head;
+  const auto each = [&](index slot, index p) {  // position p goes to the slot; -1: what was there
+    for (int part = 0; part < 2; part++) {
+      const index size = part ? c.value_dim : c.key_dim;
+      T* to = static_cast<T*>(part ? a.after.value : a.after.key) + (head * slots + slot) * size;
+      const T* old = static_cast<const T*>(part ? a.before.value : a.before.key);
+      if (p >= 0 && p < c.tokens)
+        copy_row((part ? c.value : c.key).at<const T>(b, p, kv_head), to, size);
+      else if (p < 0 && old)
+        copy_row(old + (head * slots + (slot < a.sinks ? slot : sorted.ring_slot(p))) * size, to, size);
+      else
+        std::memset(static_cast<void*>(to), 0, size * sizeof(T));
+    }
+  };
+  for (index slot = 0; slot < a.sinks; slot++) each(slot, sorted.sink_position[slot]);
+  for (index j = 0; j < a.window; j++) each(a.sinks + j, c.tokens - a.window + j);
+  if (kv_head) return;
+  uint8_t* visible = a.after.visible + b * slots;
+  for (index slot = 0; slot < a.sinks; slot++) visible[slot] = slot < sorted.found;
+  int64_t run = 0;
+  for (index j = a.window - 1; j >= 0; j--) {
+    visible[a.sinks + j] = sorted.visible(c.tokens - a.window + j);
+    if (visible[a.sinks + j] && run == a.window - 1 - j) run++;
+  }
+  int64_t* counts = a.after.counts + b * 3;
+  counts[0] = 0, counts[1] = sorted.found, counts[2] = run;
+}
+
+template <typename T>
+static void window_forward_task(const WindowArguments& a, index b, index kv_head, Arena& arena) {
+  constexpr index C = W;
+  const LinearArguments& c = a.common;
+  const bool linear = a.log_weight;
+  const index groups = c.heads / c.kv_heads, k = c.key_dim, v = c.value_dim, f = c.feature_dim, slots = a.sinks + a.window;
+  const index ldx = padded(k), ldp = padded(c.projected_dim), ldf = padded(f), ldv = padded(v), lds = padded(a.sinks), weight = ldx * ldp;
+  const index back = (a.window + C - 1) / C, reach = lds + (back + 1) * C;
+  const size_t block = Arena::total({ldx * C, C * ldv, C, linear ? C * ldf + W : 0, linear ? ldf * C : 0});
+  arena.reset(Arena::total({linear ? weight * (groups + 1) : 0, C * ldx, C * ldp, C * ldx, C * ldf + W, ldx * lds, lds * ldx, lds * ldv, C * reach,
+                            C * C, C * ldv, linear ? f * ldv : 0, ldf}) +
+              (back + 1) * block);
+  float *weights = arena.take(linear ? weight * (groups + 1) : 0), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
+  float *q = arena.take(C * ldx), *features_q = arena.take(C * ldf + W), *sink_keys_t = arena.take(ldx * lds), *sink_keys = arena.take(lds * ldx);
+  float *sink_values = arena.take(lds * ldv), *share = arena.take(C * reach), *products = arena.take(C * C), *out = arena.take(C * ldv);
+  float *s = arena.take(linear ? f * ldv : 0), *z = arena.take(ldf);
+
+  struct Block {
+    index first;  // position of its first token
+    float *keys_t, *values, *seen, *features, *features_t;
+    bool whole, mapped;  // all seen; features made
+  };
+  std::vector<Block> ring(back + 1);
+  for (Block& each : ring) {
+    each.keys_t = arena.take(ldx * C), each.values = arena.take(C * ldv), each.seen = arena.take(C);
+    if (linear) each.features = arena.take(C * ldf + W), each.features_t = arena.take(ldf * C);
+  }
+
+  const Sorted sorted(a, b);
+  const index head_at = b * c.kv_heads + kv_head;
+  // `tokens` tokens from position `first` on into a block; those before the first new one come out of the state
+  const auto fill = [&](Block& to, index first) {
+    to.first = first, to.mapped = false, to.whole = true;
+    zero(x, C * ldx);
+    zero(to.values, C * ldv);
+    for (index i = 0; i < C; i++) {
+      const index p = first + i;
+      const bool seen = p < c.tokens && sorted.visible(p);
+      to.seen[i] = seen, to.whole &= seen;
+      if (!seen) continue;
+      const index at = p < 0 ? head_at * slots + sorted.ring_slot(p) : 0;
+      if (p < 0) {
+        load_row<T>(a.before.key, at * k, k, x + i * ldx);
+        load_row<T>(a.before.value, at * v, v, to.values + i * ldv);
+      } else {
+        load_row<T>(c.key.at<const T>(b, p, kv_head), 0, k, x + i * ldx);
+        load_row<T>(c.value.at<const T>(b, p, kv_head), 0, v, to.values + i * ldv);
+      }
+    }
+    transpose(C, ldx, x, ldx, to.keys_t, C);
+  };
+  const auto [map_k, maps_q] = linear ? maps_of(c, kv_head, weights, nullptr) : std::pair<FeatureMap, std::vector<FeatureMap>>();
+  const auto map_block = [&](Block& to) {
+    if (to.mapped) return;
+    float* keys = map_k.kind == NONE ? to.features : x;
+    transpose(ldx, C, to.keys_t, C, keys, ldx);
+    if (map_k.kind != NONE) features(map_k, C, keys, scratch, to.features);
+    for (index i = 0; i < C; i++)
+      if (to.seen[i] == 0.0f) zero(to.features + i * ldf, ldf);
+    transpose(C, ldf, to.features, ldf, to.features_t, C);
+    to.mapped = true;
+  };
+  bool empty = true;
+  if (linear) {
+    zero(s, f * ldv);
+    zero(z, ldf);
+    if (a.before.key && a.before.recurrent) unpack_state(a.before.recurrent + head_at * f * (v + 1), f, v, s, ldv, z), empty = false;
+  }
+  const auto absorb = [&](Block& from, index tokens) {
+    map_block(from);
+    multiply(f, ldv, tokens, transposed(from.features, ldf), from.values, ldv, s, ldv, true);
+    add_column_sums(tokens, ldf, from.features, ldf, z);
+    empty = false;
+  };
+
+  zero(sink_keys, lds * ldx);
+  zero(sink_values, lds * ldv);
+  for (index slot = 0; slot < sorted.found; slot++) {
+    const index p = sorted.sink_position[slot], at = head_at * slots + slot;
+    if (p < 0) {
+      load_row<T>(a.before.key, at * k, k, sink_keys + slot * ldx);
+      load_row<T>(a.before.value, at * v, v, sink_values + slot * ldv);
+    } else {
+      load_row<T>(c.key.at<const T>(b, p, kv_head), 0, k, sink_keys + slot * ldx);
+      load_row<T>(c.value.at<const T>(b, p, kv_head), 0, v, sink_values + slot * ldv);
+    }
+  }
+  transpose(lds, ldx, sink_keys, ldx, sink_keys_t, lds);
+  for (index n = 0; n < back; n++) fill(ring[n], (n - back) * C);
+
+  ivec lane;
+  for (int l = 0; l < W; l++) lane[l] = l;
+  for (index t = 0; t < c.tokens; t += C) {
+    const index count = c.tokens - t < C ? c.tokens - t : C;
+    const index oldest = (t / C) % (back + 1);
+    const auto nth = [&](index n) -> Block& { return ring[(oldest + n) % (back + 1)]; };
+    fill(nth(back), t);
+    // blocks some of whose keys have left the window of some query of this block
+    index leaving = 0;
+    while (linear && leaving <= back && nth(leaving).first - t <= count - 1 - a.window) map_block(nth(leaving++));
+    for (index g = 0; g < groups; g++) {
+      const index head = kv_head * groups + g;
+      load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
+      if (a.sinks) multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
+      for (index n = 0; n <= back; n++) multiply(count, C, k, rows(q, ldx), nth(n).keys_t, C, share + lds + n * C, reach, false);
+      for (index i = 0; i < count; i++) {
+        float* row = share + i * reach;
+        vec top = splat(NOTHING);
+        for (index j = 0; j < lds; j += W) {
+          vec score = load(row + j) * a.score_scale;
+          for (index l = 0; l < W; l++)
+            if (j + l >= sorted.found || sorted.sink_position[j + l] > t + i) score[l] = NOTHING;
+          store(row + j, score);
+          top = max(top, score);
+        }
+        for (index n = 0; n <= back; n++) {
+          const Block& from = nth(n);
+          vec score = load(row + lds + n * C) * a.score_scale;
+          const int32_t first = from.first - t;
+          if (n == back || first <= i - a.window || !from.whole) {
+            ivec position = lane + first;
+            ivec here = (position <= ivec{} + int32_t(i)) & (position > ivec{} + int32_t(i - a.window)) & (load(from.seen) > vec{});
+            score = here ? score : splat(NOTHING);
+            store(row + lds + n * C, score);
+          } else {
+            store(row + lds + n * C, score);
+          }
+          top = max(top, score);
+        }
+        float peak = largest(top);
+        if (peak <= NOTHING) peak = 0.0f;  // nothing but what is older
+        for (index j = 0; j < reach; j += W) store(row + j, exp(load(row + j) - peak));
+      }
+      if (linear) {
+        float* qf = maps_q[g].kind == NONE ? q : features_q;
+        if (maps_q[g].kind != NONE) features(maps_q[g], count, q, scratch, qf);
+        const float factor = std::exp(a.log_weight[head]);
+        for (index i = 0; i < count; i++) scale_row(qf + i * ldf, ldf, factor);
+        for (index n = 0; n < leaving; n++) {
+          const Block& from = nth(n);
+          multiply(count, C, f, rows(qf, ldf), from.features_t, C, products, C, false);
+          for (index i = 0; i < count; i++) {
+            float* row = share + i * reach + lds + n * C;
+            ivec older = lane + int32_t(from.first - t) <= ivec{} + int32_t(i - a.window);
+            store(row, older ? load(products + i * C) : load(row));
+          }
+        }
+        if (empty)
+          for (index i = 0; i < count; i++) zero(out + i * ldv, ldv);
+        else
+          multiply(count, ldv, f, rows(qf, ldf), s, ldv, out, ldv, false);
+      }
+      if (a.sinks) multiply(count, ldv, a.sinks, rows(share, reach), sink_values, ldv, out, ldv, linear);
+      for (index n = 0; n <= back; n++)
+        multiply(count, ldv, C, rows(share + lds + n * C, reach), nth(n).values, ldv, out, ldv, linear || a.sinks || n);
+      for (index i = 0; i < count; i++) {
+        float total = row_sum(share + i * reach, reach);
+        if (linear && !empty) total += dot((maps_q[g].kind == NONE ? q : features_q) + i * ldf, z, ldf);
+        scale_row(out + i * ldv, ldv, total <= TINY ? 0.0f : 1.0f / total);
+      }
+      store_tokens<T>(c.output, b, t, head, count, v, out, ldv);
+    }
+    if (!linear) continue;
+    if (t + C < c.tokens)
+      absorb(nth(0), C);
+    else
+      for (index n = 0; n <= back; n++) {
+        const index gone = std::min(C, count - a.window - (nth(n).first - t));
+        if (gone > 0) absorb(nth(n), gone);
+      }
+  }
+  if (linear) pack_state(a.after.recurrent + head_at * f * (v + 1), f, v, s, ldv, z);
+  advance<T>(a, sorted, kv_head);
+}
+
+// One token; the state is changed in place. All heads of a sequence in one thread.
+template <typename T>
+static void window_step(const WindowArguments& a, Arena& arena) {
+  const LinearArguments& c = a.common;
+  const bool linear = a.log_weight;
+  const index groups = c.heads / c.kv_heads, k = c.key_dim, v = c.value_dim, f = c.feature_dim, slots = a.sinks + a.window, columns = v + 1;
+  const index ldx = padded(k), ldp = padded(c.projected_dim), ldf = padded(f), ldo = padded(columns), lds = padded(slots);
+  arena.reset(Arena::total({ldx * ldp, ldx, ldp, ldf + W, groups * (ldf + W), groups * ldx, ldo, groups * ldo, groups * lds}));
+  float *weight = arena.take(ldx * ldp), *row = arena.take(ldx), *scratch = arena.take(ldp), *keys = arena.take(ldf + W);
+  float *features_q = arena.take(groups * (ldf + W)), *queries = arena.take(groups * ldx), *values = arena.take(ldo);
+  float *sums = arena.take(groups * ldo), *share = arena.take(groups * lds);
+  const LinearStep step{c.batch, c.heads, c.kv_heads, k, v, f, c.projected_dim, c.map, c.dtype, c.weight_dtype, 1, c.scale};
+  const WindowState& state = a.after;
+  for (index b = 0; b < c.batch; b++) {
+    uint8_t* visible = state.visible + b * slots;
+    int64_t* counts = state.counts + b * 3;
+    const bool exists = !c.valid || c.valid[b], is_sink = exists && counts[1] < a.sinks;
+    const index ring = a.sinks + counts[0];
+    const bool leaves = visible[ring];
+    visible[ring] = exists && !is_sink;
+    if (is_sink) visible[counts[1]] = 1;
+    for (index kv_head = 0; kv_head < c.kv_heads; kv_head++) {
+      const index i = b * c.kv_heads + kv_head;
+      T *all_keys = static_cast<T*>(state.key) + i * slots * k, *all_values = static_cast<T*>(state.value) + i * slots * v;
+      zero(sums, groups * ldo);
+      for (index g = 0; g < groups; g++) load_row<T>(c.query.at<const T>(b, 0, kv_head * groups + g), 0, k, queries + g * ldx);
+      if (linear) {
+        zero(keys, ldf);
+        if (leaves) step_features<T>(step, all_keys + ring * k, 0, c.weight_k, kv_head, row, scratch, weight, keys);
+        load_row<T>(all_values + ring * v, 0, v, values);
+        values[v] = 1.0f;
+        for (index g = 0; g < groups; g++) {
+          const index head = kv_head * groups + g;
+          step_features<T>(step, c.query.at<const T>(b, 0, head), 0, c.weight_q, head, row, scratch, weight, features_q + g * (ldf + W));
+        }
+        float* s = state.recurrent + i * f * columns;
+        for (index j = 0; j < f; j++, s += columns)
+          update_row(s, s, columns, 1.0f, leaves ? keys[j] : 0.0f, values, groups, features_q + j, ldf + W, sums, ldo);
+        for (index g = 0; g < groups; g++) scale_row(sums + g * ldo, ldo, std::exp(a.log_weight[kv_head * groups + g]));
+      }
+      const T *new_key = c.key.at<const T>(b, 0, kv_head), *new_value = c.value.at<const T>(b, 0, kv_head);
+      copy_row(new_key, all_keys + ring * k, k);
+      copy_row(new_value, all_values + ring * v, v);
+      if (is_sink) {
+        copy_row(new_key, all_keys + counts[1] * k, k);
+        copy_row(new_value, all_values + counts[1] * v, v);
+      }
+      for (index slot = 0; slot < lds; slot++) {
+        const bool there = slot < slots && visible[slot];
+        if (there) load_row<T>(all_keys, slot * k, k, row);
+        for (index g = 0; g < groups; g++) share[g * lds + slot] = there ? a.score_scale * dot(row, queries + g * ldx, ldx) : NOTHING;
+      }
+      for (index g = 0; g < groups; g++) {
+        vec top = splat(NOTHING);
+        for (index j = 0; j < lds; j += W) top = max(top, load(share + g * lds + j));
+        float peak = largest(top);
+        if (peak <= NOTHING) peak = 0.0f;
+        for (index j = 0; j < lds; j += W) store(share + g * lds + j, exp(load(share + g * lds + j) - peak));
+      }
+      for (index slot = 0; slot < slots; slot++) {
+        if (!visible[slot]) continue;
+        load_row<T>(all_values, slot * v, v, values);
+        values[v] = 1.0f;
+        for (index g = 0; g < groups; g++) {
+          const float each = share[g * lds + slot];
+          for (index j = 0; j < columns; j++) sums[g * ldo + j] += each * values[j];
+        }
+      }
+      for (index g = 0; g < groups; g++) {
+        float* out = sums + g * ldo;
+        scale_row(out, padded(v), out[v] <= TINY ? 0.0f : 1.0f / out[v]);
+        store_row<T>(out, v, c.output.at<T>(b, 0, kv_head * groups + g), 0);
+      }
+    }
+    counts[2] = visible[ring] ? std::min<int64_t>(counts[2] + 1, a.window) : 0;
+    counts[1] += is_sink;
+    counts[0] = (counts[0] + 1) % a.window;
+  }
+}
+
+}  // namespace hf_hybrid
