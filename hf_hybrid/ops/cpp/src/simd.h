@@ -29,7 +29,7 @@ using index = ptrdiff_t;
 
 static inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
 static inline void store(float* p, vec x) { *reinterpret_cast<unaligned_vec*>(p) = x; }
-static inline vec splat(float x) { return vec{} + x; }
+static inline vec splat(float x) { return x - vec{}; }  // x - 0 is x, and costs nothing; 0 + x is not, where x is -0
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 static inline vec min(vec a, vec b) { return a < b ? a : b; }
 static inline index padded(index n) { return (n + W - 1) / W * W; }
@@ -211,6 +211,9 @@ static void transpose(index m, index n, const float* from, index ldf, float* to,
 struct bfloat16 {
   uint16_t bits;
 };
+typedef uint16_t half_width __attribute__((vector_size(2 * W), aligned(2)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
+
 static inline float to_float(float x) { return x; }
 static inline float to_float(bfloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
@@ -218,13 +221,18 @@ static inline float to_float(bfloat16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-static inline void from_float(float x, float& y) { y = x; }
-static inline void from_float(float x, bfloat16& y) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  y.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+static inline vec load(const bfloat16* p) {
+  uvec bits = __builtin_convertvector(*reinterpret_cast<const half_width*>(p), uvec) << 16;
+  return (vec)bits;
 }
+static inline uvec rounded_bits(vec x) {  // to nearest, ties to even; NaN stays NaN
+  uvec bits = (uvec)x;
+  uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : (bits >> 16) | 0x40;
+}
+static inline void store(bfloat16* p, vec x) { *reinterpret_cast<half_width*>(p) = __builtin_convertvector(rounded_bits(x), half_width); }
+static inline void from_float(float x, float& y) { y = x; }
+static inline void from_float(float x, bfloat16& y) { y.bits = uint16_t(rounded_bits(splat(x))[0]); }
 
 // [B, T, H, K] in memory, last axis dense
 struct View {
@@ -234,24 +242,29 @@ struct View {
   T* at(index b, index t, index h) const { return static_cast<T*>(data) + b * batch + t * token + h * head; }
 };
 
-// `tokens` rows of `size` numbers into rows of `ld` floats, filled up with zeros; rows from `tokens` to `all` are zeros
+// `size` numbers, filled up with zeros to `ld`
+template <typename T>
+static inline void load_row(const T* from, index size, float* to, index ld) {
+  index j = 0;
+  for (; j + W <= size; j += W) store(to + j, load(from + j));
+  for (; j < size; j++) to[j] = to_float(from[j]);
+  for (; j < ld; j++) to[j] = 0.0f;
+}
+template <typename T>
+static inline void store_row(const float* from, index size, T* to) {
+  index j = 0;
+  for (; j + W <= size; j += W) store(to + j, load(from + j));
+  for (; j < size; j++) from_float(from[j], to[j]);
+}
+// `tokens` rows; rows from there to `all` are zeros
 template <typename T>
 static void load_tokens(const View& x, index b, index t, index h, index tokens, index all, index size, float* to, index ld) {
-  for (index i = 0; i < tokens; i++) {
-    const T* __restrict from = x.at<const T>(b, t + i, h);
-    float* __restrict row = to + i * ld;
-    for (index j = 0; j < size; j++) row[j] = to_float(from[j]);
-    for (index j = size; j < ld; j++) row[j] = 0.0f;
-  }
+  for (index i = 0; i < tokens; i++) load_row(x.at<const T>(b, t + i, h), size, to + i * ld, ld);
   if (all > tokens) zero(to + tokens * ld, (all - tokens) * ld);
 }
 template <typename T>
 static void store_tokens(const View& x, index b, index t, index h, index tokens, index size, const float* from, index ld) {
-  for (index i = 0; i < tokens; i++) {
-    T* __restrict to = x.at<T>(b, t + i, h);
-    const float* __restrict row = from + i * ld;
-    for (index j = 0; j < size; j++) from_float(row[j], to[j]);
-  }
+  for (index i = 0; i < tokens; i++) store_row(from + i * ld, size, x.at<T>(b, t + i, h));
 }
 
 // a weight below this is none; see `naive.TINY`

@@ -7,18 +7,6 @@
 
 namespace hf_hybrid {
 
-template <typename T>
-static inline void load_row(const void* from, index at, index size, float* to) {
-  const T* x = static_cast<const T*>(from) + at;
-  for (index j = 0; j < size; j++) to[j] = to_float(x[j]);
-  for (index j = size; j < padded(size); j++) to[j] = 0.0f;
-}
-template <typename T>
-static inline void store_row(const float* from, index size, void* to, index at) {
-  T* y = static_cast<T*>(to) + at;
-  for (index j = 0; j < size; j++) from_float(from[j], y[j]);
-}
-
 // new_row = decay * row + factor * x over n numbers, and sums[g] += queries[g] * new_row
 static inline void update_row(const float* row, float* new_row, index n, float decay, float factor, const float* x, index groups, const float* queries,
                               index query_stride, float* sums, index sum_stride) {
@@ -45,8 +33,8 @@ template <typename T>
 static void step_features(const LinearStep& a, const void* x, index at, const void* weights, index head, float* row, float* scratch, float* weight,
                           float* out) {
   FeatureMap f{a.map, a.key_dim, a.projected_dim, a.feature_dim, a.scale};
-  if (f.kind == NONE) return load_row<T>(x, at, f.in, out);
-  load_row<T>(x, at, f.in, row);
+  if (f.kind == NONE) return load_row(static_cast<const T*>(x) + at, f.in, out, padded(f.in));
+  load_row(static_cast<const T*>(x) + at, f.in, row, padded(f.in));
   if (f.has_weight()) f.weight = head_weight(weights, a.weight_dtype, head, f, weight);
   features(f, 1, row, scratch, out);
 }
@@ -63,7 +51,7 @@ static void linear_step(const LinearStep& a, const void* query, const void* key,
     const index b = i / a.kv_heads, kv_head = i % a.kv_heads;
     step_features<T>(a, key, i * a.key_dim, weight_k, kv_head, row, scratch, weight, keys);
     if (valid && !valid[b]) zero(keys, ldf);
-    load_row<T>(value, i * v, v, written);
+    load_row(static_cast<const T*>(value) + i * v, v, written, padded(v));
     written[v] = 1.0f;
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
@@ -78,7 +66,7 @@ static void linear_step(const LinearStep& a, const void* query, const void* key,
       float* out = sums + g * ldo;
       const index at = (b * a.heads + kv_head * groups + g) * (a.normalize ? v : columns);
       if (a.normalize) scale_row(out, padded(v), out[v] <= TINY ? 0.0f : 1.0f / out[v]);
-      store_row<T>(out, a.normalize ? v : columns, output, at);
+      store_row(out, a.normalize ? v : columns, static_cast<T*>(output) + at);
     }
   }
 }
@@ -99,9 +87,9 @@ static void gated_step(const GatedStep& a, const void* query, const void* key, c
   if (!state) zero(nothing, k * v);
   for (index i = 0; i < a.batch * a.state_heads; i++) {
     const index b = i / a.state_heads, state_head = i % a.state_heads, kv = b * a.kv_heads + state_head / expand;
-    load_row<T>(key, kv * k, k, keys);
-    load_row<T>(value, kv * v, v, written);
-    for (index g = 0; g < groups; g++) load_row<T>(query, (b * a.heads + state_head * groups + g) * k, k, queries + g * ldk);
+    load_row(static_cast<const T*>(key) + kv * k, k, keys, padded(k));
+    load_row(static_cast<const T*>(value) + kv * v, v, written, padded(v));
+    for (index g = 0; g < groups; g++) load_row(static_cast<const T*>(query) + (b * a.heads + state_head * groups + g) * k, k, queries + g * ldk, padded(k));
     if (a.l2norm) {
       l2_normalize(1, keys, ldk);
       l2_normalize(groups, queries, ldk);
@@ -127,7 +115,7 @@ static void gated_step(const GatedStep& a, const void* query, const void* key, c
       update_row(s + j * v, to + j * v, v, decays[j], keys[j], written, groups, queries + j, ldk, sums, ldv);
     for (index g = 0; g < groups; g++) {
       scale_row(sums + g * ldv, ldv, a.scale);
-      store_row<T>(sums + g * ldv, v, output, (b * a.heads + state_head * groups + g) * v);
+      store_row(sums + g * ldv, v, static_cast<T*>(output) + (b * a.heads + state_head * groups + g) * v);
     }
   }
 }

@@ -125,11 +125,11 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       if (!seen) continue;
       const index at = p < 0 ? head_at * slots + sorted.ring_slot(p) : 0;
       if (p < 0) {
-        load_row<T>(a.before.key, at * k, k, x + i * ldx);
-        load_row<T>(a.before.value, at * v, v, to.values + i * ldv);
+        load_row(static_cast<const T*>(a.before.key) + at * k, k, x + i * ldx, padded(k));
+        load_row(static_cast<const T*>(a.before.value) + at * v, v, to.values + i * ldv, padded(v));
       } else {
-        load_row<T>(c.key.at<const T>(b, p, kv_head), 0, k, x + i * ldx);
-        load_row<T>(c.value.at<const T>(b, p, kv_head), 0, v, to.values + i * ldv);
+        load_row(c.key.at<const T>(b, p, kv_head), k, x + i * ldx, padded(k));
+        load_row(c.value.at<const T>(b, p, kv_head), v, to.values + i * ldv, padded(v));
       }
     }
     transpose(C, ldx, x, ldx, to.keys_t, C);
@@ -163,11 +163,11 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   for (index slot = 0; slot < sorted.found; slot++) {
     const index p = sorted.sink_position[slot], at = head_at * slots + slot;
     if (p < 0) {
-      load_row<T>(a.before.key, at * k, k, sink_keys + slot * ldx);
-      load_row<T>(a.before.value, at * v, v, sink_values + slot * ldv);
+      load_row(static_cast<const T*>(a.before.key) + at * k, k, sink_keys + slot * ldx, padded(k));
+      load_row(static_cast<const T*>(a.before.value) + at * v, v, sink_values + slot * ldv, padded(v));
     } else {
-      load_row<T>(c.key.at<const T>(b, p, kv_head), 0, k, sink_keys + slot * ldx);
-      load_row<T>(c.value.at<const T>(b, p, kv_head), 0, v, sink_values + slot * ldv);
+      load_row(c.key.at<const T>(b, p, kv_head), k, sink_keys + slot * ldx, padded(k));
+      load_row(c.value.at<const T>(b, p, kv_head), v, sink_values + slot * ldv, padded(v));
     }
   }
   transpose(lds, ldx, sink_keys, ldx, sink_keys_t, lds);
@@ -283,11 +283,11 @@ static void window_step(const WindowArguments& a, Arena& arena) {
       const index i = b * c.kv_heads + kv_head;
       T *all_keys = static_cast<T*>(state.key) + i * slots * k, *all_values = static_cast<T*>(state.value) + i * slots * v;
       zero(sums, groups * ldo);
-      for (index g = 0; g < groups; g++) load_row<T>(c.query.at<const T>(b, 0, kv_head * groups + g), 0, k, queries + g * ldx);
+      for (index g = 0; g < groups; g++) load_row(c.query.at<const T>(b, 0, kv_head * groups + g), k, queries + g * ldx, padded(k));
       if (linear) {
         zero(keys, ldf);
         if (leaves) step_features<T>(step, all_keys + ring * k, 0, c.weight_k, kv_head, row, scratch, weight, keys);
-        load_row<T>(all_values + ring * v, 0, v, values);
+        load_row(all_values + ring * v, v, values, padded(v));
         values[v] = 1.0f;
         for (index g = 0; g < groups; g++) {
           const index head = kv_head * groups + g;
@@ -307,7 +307,7 @@ static void window_step(const WindowArguments& a, Arena& arena) {
       }
       for (index slot = 0; slot < lds; slot++) {
         const bool there = slot < slots && visible[slot];
-        if (there) load_row<T>(all_keys, slot * k, k, row);
+        if (there) load_row(all_keys + slot * k, k, row, padded(k));
         for (index g = 0; g < groups; g++) share[g * lds + slot] = there ? a.score_scale * dot(row, queries + g * ldx, ldx) : NOTHING;
       }
       for (index g = 0; g < groups; g++) {
@@ -319,7 +319,7 @@ static void window_step(const WindowArguments& a, Arena& arena) {
       }
       for (index slot = 0; slot < slots; slot++) {
         if (!visible[slot]) continue;
-        load_row<T>(all_values, slot * v, v, values);
+        load_row(all_values + slot * v, v, values, padded(v));
         values[v] = 1.0f;
         for (index g = 0; g < groups; g++) {
           const float each = share[g * lds + slot];
@@ -329,7 +329,7 @@ static void window_step(const WindowArguments& a, Arena& arena) {
       for (index g = 0; g < groups; g++) {
         float* out = sums + g * ldo;
         scale_row(out, padded(v), out[v] <= TINY ? 0.0f : 1.0f / out[v]);
-        store_row<T>(out, v, c.output.at<T>(b, 0, kv_head * groups + g), 0);
+        store_row(out, v, c.output.at<T>(b, 0, kv_head * groups + g));
       }
     }
     counts[2] = visible[ring] ? std::min<int64_t>(counts[2] + 1, a.window) : 0;
