@@ -33,8 +33,13 @@ def linear_attention(query, key, value, *, inplace_final_state=False, backend=No
     return chunk.chunk_linear_attention(query, key, value, **kwargs)
 
 
-def bidirectional_linear_attention(query, key, value, **kwargs):
+def bidirectional_linear_attention(query, key, value, *, backend=None, **kwargs):
     """[`naive.naive_bidirectional_linear_attention`]: two products, for which torch needs no kernel of fla."""
+    maps = (kwargs.get("feature_map_q"), kwargs.get("feature_map_k"))
+    if choose_backend(backend, query) == "cpp" and cpp.can_run(query, key, value, kwargs.get("valid"), feature_maps=maps):
+        weights = [w for f in maps if f is not None for w in f.weights()]
+        if not _needs_grad(query, key, value, *weights):
+            return cpp.bidirectional_linear_attention(query, key, value, **kwargs)
     return chunk.bidirectional_linear_attention(query, key, value, **kwargs)
 
 

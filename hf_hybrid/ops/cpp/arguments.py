@@ -87,6 +87,7 @@ class WindowArguments(ctypes.Structure):
 # the entry points of `kernels.cpp` and what each takes
 SIGNATURES = {
     "linear_forward": [ctypes.POINTER(LinearArguments)],
+    "bidirectional_forward": [ctypes.POINTER(LinearArguments)],
     "linear_backward": [ctypes.POINTER(LinearArguments)],
     "gated_forward": [ctypes.POINTER(GatedArguments)],
     "window_forward": [ctypes.POINTER(WindowArguments)],

@@ -172,6 +172,16 @@ class _LinearAttention(torch.autograd.Function):
         return None, None, None, *grads, grad_first, *sums
 
 
+def bidirectional_linear_attention(query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None):
+    """[`naive.naive_bidirectional_linear_attention`]. No gradients."""
+    weight_q, weight_k = (None if f is None or not (w := f.weights()) else w[0] for f in (feature_map_q, feature_map_k))
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    structure, alive = _linear_arguments(feature_map_k, valid, True, query, key, value, None, weight_q, weight_k, output)
+    kernels().hf_hybrid_bidirectional_forward(ctypes.byref(structure))
+    del alive
+    return output
+
+
 @functools.lru_cache(maxsize=64)
 def _linear_step_structure(
     batch, heads, num_kv_heads, key_dim, value_dim, feature_dim, projected, kind, dtype, weight_dtype, normalize

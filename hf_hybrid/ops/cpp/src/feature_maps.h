@@ -1,19 +1,20 @@
 // The feature maps of mixers/feature_maps.py that are fast here, row by row, with their gradients.
 #pragma once
 
-#include "simd.h"
+#include "products.h"
 
 namespace hf_hybrid {
 
 enum MapKind : int64_t { NONE, RELU, ELU, SOFTMAX, HEDGEHOG, DPFP, TAYLOR };
 
 // One head's map. Rows are padded with zeros to multiples of W everywhere.
+template <class P>
 struct FeatureMap {
   int64_t kind;
-  index in, projected, out;       // K, width of the projection (K without one), F
-  float scale;                      // K^-1/4, on what is exponentiated or squared
-  const float* weight = nullptr;    // [K, ld_projected]
-  const float* weight_t = nullptr;  // [projected, ld_in]; for gradients only
+  index in, projected, out;          // K, width of the projection (K without one), F
+  float scale;                       // K^-1/4, on what is exponentiated or squared
+  typename P::Right weight{};        // [K, ld_projected]
+  const float* weight_t = nullptr;   // [projected, ld_in]; for gradients only
 
   bool has_weight() const { return kind == HEDGEHOG || kind == TAYLOR; }
   index ld_in() const { return padded(in); }
@@ -21,32 +22,50 @@ struct FeatureMap {
   index ld_out() const { return padded(out); }
 };
 
-// row = softmax(factor * x) over n numbers
-static inline void softmax_row(const float* x, float factor, index n, float* row) {
-  vec top = splat(-3.4e38f);
+// to = softmax(factor * x) over n numbers, and, if wanted, other = softmax(-factor * x). Up to W - 1 numbers are written past the end.
+template <bool BOTH>
+static inline void softmax_row(const float* x, float factor, index n, float* to, float* other) {
+  vec top = splat(-3.4e38f), bottom = splat(3.4e38f);
   for (index j = 0; j < n; j += W) {
-    vec y = load(x + j) * factor;
-    top = max(top, n - j >= W ? y : (first_lanes(n - j) ? y : top));
+    const vec y = load(x + j) * factor;
+    if (n - j >= W) {
+      top = max(top, y), bottom = min(bottom, y);
+    } else {
+      const ivec inside = first_lanes(n - j);
+      top = inside ? max(top, y) : top, bottom = inside ? min(bottom, y) : bottom;
+    }
   }
-  vec peak = splat(largest(top)), total = vec{};
+  const vec highest = splat(largest(top)), lowest = BOTH ? splat(-largest(-bottom)) : vec{};
+  vec total = vec{}, other_total = vec{};
   for (index j = 0; j < n; j += W) {
-    vec y = exp(load(x + j) * factor - peak);
-    if (n - j < W) y = first_lanes(n - j) ? y : vec{};
-    store(row + j, y);
-    total += y;
+    const vec y = load(x + j) * factor;
+    vec a = exp(y - highest), b = BOTH ? exp(lowest - y) : vec{};
+    if (n - j < W) {
+      const ivec inside = first_lanes(n - j);
+      a = inside ? a : vec{}, b = inside ? b : vec{};
+    }
+    store(to + j, a);
+    total += a;
+    if (BOTH) {
+      store(other + j, b);
+      other_total += b;
+    }
   }
-  vec share = splat(1.0f / sum(total));
-  for (index j = 0; j < n; j += W) store(row + j, load(row + j) * share);
+  const vec share = splat(1.0f / sum(total)), other_share = BOTH ? splat(1.0f / sum(other_total)) : vec{};
+  for (index j = 0; j < n; j += W) {
+    store(to + j, load(to + j) * share);
+    if (BOTH) store(other + j, load(other + j) * other_share);
+  }
 }
 
-// x [m, ld_in] -> out [m, ld_out] and W numbers of slack; `scratch` holds m * ld_projected numbers (the projection is left there)
-static void features(const FeatureMap& f, index m, const float* x, float* scratch, float* out) {
-  const index ldx = f.ld_in(), ldp = f.ld_projected(), ldo = f.ld_out();
-  if (f.has_weight()) multiply(m, ldp, f.in, rows(x, ldx), f.weight, ldp, scratch, ldp, false);
+// x [m, ld_in] -> out [m, ld_out] and W numbers of slack; `scratch` holds m * ld_projected numbers
+template <class P>
+static void features(const FeatureMap<P>& f, index m, const float* x, float* scratch, float* out) {
+  const index ldx = f.ld_in(), ldp = f.ld_projected(), ldo = f.ld_out(), n = f.projected;
+  if (f.has_weight()) P::multiply(m, ldp, f.in, rows(x, ldx), f.weight, scratch, ldp, false);
   for (index i = 0; i < m; i++) {
     const float* from = f.has_weight() ? scratch + i * ldp : x + i * ldx;
     float* row = out + i * ldo;
-    const index n = f.projected;
     switch (f.kind) {
       case RELU:
         for (index j = 0; j < ldo; j += W) store(row + j, max(load(from + j), vec{}));
@@ -60,13 +79,16 @@ static void features(const FeatureMap& f, index m, const float* x, float* scratc
         }
         break;
       case SOFTMAX:
-        softmax_row(from, f.scale, n, row);
+        softmax_row<false>(from, f.scale, n, row, nullptr);
         break;
       case HEDGEHOG:
-        // where n is no multiple of W, the second half spills up to W numbers over the row: into the next, which is written later
-        softmax_row(from, f.scale, n, row);
-        softmax_row(from, -f.scale, n, row + n);
-        for (index j = 2 * n; j < ldo; j++) row[j] = 0.0f;
+        if (n % W == 0) {
+          softmax_row<true>(from, f.scale, n, row, row + n);
+        } else {  // the halves overlap where one spills over its end, so one after the other; the second spills into the next row, not yet written
+          softmax_row<false>(from, f.scale, n, row, nullptr);
+          softmax_row<false>(from, -f.scale, n, row + n, nullptr);
+          for (index j = 2 * n; j < ldo; j++) row[j] = 0.0f;
+        }
         break;
       case DPFP: {
         float before = from[n - 1] < 0.0f ? -from[n - 1] : 0.0f;
@@ -96,20 +118,22 @@ static void features(const FeatureMap& f, index m, const float* x, float* scratc
   }
 }
 
-// factor * softmax gradient: s (g - <g, s>)
-static inline void softmax_vjp(const float* s, const float* g, index n, float factor, float* out, bool add) {
+// softmax gradient times factor: s (g - <g, s>)
+template <bool ADD>
+static inline void softmax_vjp(const float* s, const float* g, index n, float factor, float* out) {
   float inner = 0.0f;
 #pragma omp simd reduction(+ : inner)
   for (index j = 0; j < n; j++) inner += s[j] * g[j];
+#pragma omp simd
   for (index j = 0; j < n; j++) {
-    float d = factor * s[j] * (g[j] - inner);
-    out[j] = add ? out[j] + d : d;
+    const float d = factor * s[j] * (g[j] - inner);
+    out[j] = ADD ? out[j] + d : d;
   }
 }
 
 // From the gradient of the features [m, ld_out] that of the input [m, ld_in], and of the weight [K, ld_projected], added to.
 // `y`: the features; `scratch` holds m * ld_projected numbers.
-static void features_vjp(const FeatureMap& f, index m, const float* x, float* scratch, const float* y, const float* g, float* dx,
+static void features_vjp(const FeatureMap<Exact>& f, index m, const float* x, float* scratch, const float* y, const float* g, float* dx,
                          float* dweight) {
   const index ldx = f.ld_in(), ldp = f.ld_projected(), ldo = f.ld_out(), n = f.projected;
   for (index i = 0; i < m; i++) {
@@ -123,11 +147,11 @@ static void features_vjp(const FeatureMap& f, index m, const float* x, float* sc
         for (index j = 0; j < ldx; j += W) store(di + j, load(gi + j) * min(load(yi + j), splat(1.0f)));
         break;
       case SOFTMAX:
-        softmax_vjp(yi, gi, n, f.scale, di, false);
+        softmax_vjp<false>(yi, gi, n, f.scale, di);
         break;
       case HEDGEHOG:
-        softmax_vjp(yi, gi, n, f.scale, pi, false);
-        softmax_vjp(yi + n, gi + n, n, -f.scale, pi, true);
+        softmax_vjp<false>(yi, gi, n, f.scale, pi);
+        softmax_vjp<true>(yi + n, gi + n, n, -f.scale, pi);
         break;
       case DPFP: {
         for (index j = 0; j < n; j++) di[j] = 0.0f;

@@ -33,9 +33,6 @@ static inline void l2_normalize(index c, float* x, index ld) {
     for (index j = 0; j < ld; j += W) store(row + j, load(row + j) * factor);
   }
 }
-static inline void scale_row(float* row, index n, float factor) {
-  for (index j = 0; j < n; j += W) store(row + j, load(row + j) * factor);
-}
 static inline void multiply_rows(index c, float* x, const float* factors, index ld) {
   for (index j = 0; j < c * ld; j += W) store(x + j, load(x + j) * load(factors + j));
 }
@@ -54,7 +51,7 @@ static void solve(index c, index n, const float* negative, index ldn, float* u, 
   }
 }
 
-template <typename T>
+template <typename T, class P>
 static void gated_forward_task(const GatedArguments& a, index b, index state_head, Arena& arena) {
   const bool channels = a.per_channel, delta = a.beta.data;
   const index kv_head = state_head / (a.state_heads / a.kv_heads), groups = a.heads / a.state_heads;
@@ -64,11 +61,13 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   constexpr index C = HEAD_CHUNK;
   const index step = !channels ? C : -floor * W / 2 <= LARGEST_EXPONENT ? W : W / 2;
   const index wide = channels ? C * ldk : C * C;  // decays: per token and channel, or per pair of tokens
-  arena.reset(Arena::total({C * ldk, C * ldk, ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, wide, wide, ldk, C, C, C, k * ldv}));
+  arena.reset(Arena::total({C * ldk, C * ldk, ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, wide, wide, ldk, C, C, C, k * ldv,
+                            P::space(k, C), P::space(C, ldv), P::space(k, ldv)}));
   float *keys = arena.take(C * ldk), *near_keys = arena.take(C * ldk), *keys_t = arena.take(ldk * C), *q = arena.take(C * ldk);
   float *written = arena.take(C * ldv), *out = arena.take(C * ldv), *scores = arena.take(C * C), *lower = arena.take(C * C);
   float *near = arena.take(wide), *far = arena.take(wide), *reference = arena.take(ldk);
   float *cumulative = arena.take(C), *from_start = arena.take(C), *to_end = arena.take(C), *s = arena.take(k * ldv);
+  float *packed_keys = arena.take(P::space(k, C)), *packed_written = arena.take(P::space(C, ldv)), *packed_s = arena.take(P::space(k, ldv));
 
   const index state_at = (b * a.state_heads + state_head) * k * v;
   for (index i = 0; i < k; i++) {
@@ -125,10 +124,12 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       }
     }
     transpose(filled, ldk, keys, ldk, keys_t, C);
+    const auto right_keys = P::pack(k, C, keys_t, C, packed_keys);
+    const auto right_s = P::pack(k, ldv, s, ldv, packed_s);
     if (delta) {
       const float* left = channels ? near_keys : keys;
-      causal_products(c, k, left, ldk, keys_t, C, lower, C);
-      multiply(c, ldv, k, rows(left, ldk), s, ldv, out, ldv, false);  // what the state recalls
+      causal_products<P>(c, k, left, ldk, right_keys, lower, C);
+      P::multiply(c, ldv, k, rows(left, ldk), right_s, out, ldv, false);  // what the state recalls
       for (index i = 0; i < c; i++) {
         const float beta = *a.beta.at<const float>(b, t + i, state_head), decay = channels ? 1.0f : from_start[i];
         for (index j = 0; j < i; j++) lower[i * C + j] *= channels ? -beta : -beta * near[i * C + j];
@@ -136,20 +137,21 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       }
       solve(c, ldv, lower, C, written, ldv);
     }
+    const auto right_written = P::pack(filled, ldv, written, ldv, packed_written);
 
     for (index g = 0; g < groups; g++) {
       const index head = state_head * groups + g;
       load_tokens<T>(a.query, b, t, head, c, c, k, q, ldk);
       if (a.l2norm) l2_normalize(c, q, ldk);
       if (channels) multiply_rows(c, q, near, ldk);
-      causal_products(c, k, q, ldk, keys_t, C, scores, C);
-      multiply(c, ldv, k, rows(q, ldk), s, ldv, out, ldv, false);
+      causal_products<P>(c, k, q, ldk, right_keys, scores, C);
+      P::multiply(c, ldv, k, rows(q, ldk), right_s, out, ldv, false);
       if (!channels)
         for (index i = 0; i < c; i++) {
           scale_row(out + i * ldv, ldv, from_start[i]);
           for (index j = 0; j <= i; j += W) store(scores + i * C + j, load(scores + i * C + j) * load(near + i * C + j));
         }
-      lower_multiply(c, ldv, scores, C, written, ldv, out, ldv, true);
+      lower_multiply<P>(c, ldv, scores, C, right_written, out, ldv, true);
       for (index i = 0; i < c; i++) scale_row(out + i * ldv, ldv, a.scale);
       store_tokens<T>(a.output, b, t, head, c, v, out, ldv);
     }
@@ -157,9 +159,10 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
     if (!a.final_state && t + step >= a.tokens) continue;
     if (!channels) {
       for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, from_start[c - 1]);
-      for (index i = 0; i < c; i++) scale_row(written + i * ldv, ldv, to_end[i]);
+      for (index i = 0; i < k; i++)
+        for (index j = 0; j < filled; j += W) store(keys_t + i * C + j, load(keys_t + i * C + j) * load(to_end + j));
     }
-    multiply(k, ldv, c, transposed(keys, ldk), written, ldv, s, ldv, true);
+    P::multiply(k, ldv, c, rows(keys_t, C), right_written, s, ldv, true);
     if (channels)
       for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, reference[i]);
   }

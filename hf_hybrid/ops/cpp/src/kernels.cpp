@@ -8,36 +8,63 @@ static Arena& own_arena() {
   return arena;
 }
 
-template <typename Task>
-static void run(ptrdiff_t tasks, int64_t threads, Task task) {
+// task(sequence, head, arena) for all of them
+template <class Task>
+static void for_each(ptrdiff_t batch, ptrdiff_t heads, int64_t threads, Task task) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (ptrdiff_t i = 0; i < tasks; i++) task(i, own_arena());
+  for (ptrdiff_t i = 0; i < batch * heads; i++) task(i / heads, i % heads, own_arena());
+}
+
+// The same with a type of number and a kind of products: bf16 tensors are worth the matrix unit where there is one.
+template <class Task>
+static void for_each_in_kind(ptrdiff_t batch, ptrdiff_t heads, int64_t threads, bool low, bool may_round, Task task) {
+#ifdef HF_HYBRID_AMX
+  if (low && may_round && Rounded::available())
+    return for_each(batch, heads, threads, [&](ptrdiff_t b, ptrdiff_t head, Arena& arena) {
+      const Rounded::Scope scope;
+      task(bfloat16{}, Rounded{}, b, head, arena);
+    });
+#endif
+  (void)may_round;
+  for_each(batch, heads, threads, [&](ptrdiff_t b, ptrdiff_t head, Arena& arena) {
+    if (low)
+      task(bfloat16{}, Exact{}, b, head, arena);
+    else
+      task(float{}, Exact{}, b, head, arena);
+  });
 }
 
 extern "C" {
 
 void hf_hybrid_linear_forward(const LinearArguments* a) {
-  run(a->batch * a->kv_heads, a->threads, [a](ptrdiff_t i, Arena& arena) {
-    (a->dtype ? linear_forward_task<bfloat16> : linear_forward_task<float>)(*a, i / a->kv_heads, i % a->kv_heads, arena);
+  for_each_in_kind(a->batch, a->kv_heads, a->threads, a->dtype, true, [a](auto number, auto products, auto b, auto head, Arena& arena) {
+    linear_forward_task<decltype(number), decltype(products)>(*a, b, head, arena);
+  });
+}
+
+void hf_hybrid_bidirectional_forward(const LinearArguments* a) {
+  for_each_in_kind(a->batch, a->kv_heads, a->threads, a->dtype, true, [a](auto number, auto products, auto b, auto head, Arena& arena) {
+    bidirectional_task<decltype(number), decltype(products)>(*a, b, head, arena);
   });
 }
 
 void hf_hybrid_linear_backward(const LinearArguments* a) {
-  run(a->batch * a->kv_heads, a->threads, [a](ptrdiff_t i, Arena& arena) {
-    (a->dtype ? linear_backward_task<bfloat16> : linear_backward_task<float>)(*a, i / a->kv_heads, i % a->kv_heads, arena);
+  for_each_in_kind(a->batch, a->kv_heads, a->threads, a->dtype, false, [a](auto number, auto, auto b, auto head, Arena& arena) {
+    linear_backward_task<decltype(number)>(*a, b, head, arena);
   });
 }
 
+// The delta rule is always exact: the triangular solve of nearly parallel keys multiplies rounding errors.
 void hf_hybrid_gated_forward(const GatedArguments* a) {
-  run(a->batch * a->state_heads, a->threads, [a](ptrdiff_t i, Arena& arena) {
-    (a->dtype ? gated_forward_task<bfloat16> : gated_forward_task<float>)(*a, i / a->state_heads, i % a->state_heads, arena);
+  for_each_in_kind(a->batch, a->state_heads, a->threads, a->dtype, !a->beta.data, [a](auto number, auto products, auto b, auto head, Arena& arena) {
+    gated_forward_task<decltype(number), decltype(products)>(*a, b, head, arena);
   });
 }
 
 void hf_hybrid_window_forward(const WindowArguments* a) {
   const LinearArguments& c = a->common;
-  run(c.batch * c.kv_heads, c.threads, [a, &c](ptrdiff_t i, Arena& arena) {
-    (c.dtype ? window_forward_task<bfloat16> : window_forward_task<float>)(*a, i / c.kv_heads, i % c.kv_heads, arena);
+  for_each_in_kind(c.batch, c.kv_heads, c.threads, c.dtype, true, [a](auto number, auto products, auto b, auto head, Arena& arena) {
+    window_forward_task<decltype(number), decltype(products)>(*a, b, head, arena);
   });
 }
 

@@ -26,11 +26,9 @@ struct LinearArguments {  // mirrored in arguments.py
   float *grad_weight_q, *grad_weight_k;  // [B, H, K, projected], [B, H_kv, K, projected]
 };
 
-constexpr index LINEAR_CHUNK = 16;
-
 // One head's weight [K, projected] as padded fp32: where it lies, if it is that already, else in `space`.
-static const float* head_weight(const void* weights, int64_t bfloat16_weights, index head, const FeatureMap& f, float* space) {
-  const index k = f.in, p = f.projected, ld = f.ld_projected();
+static const float* head_weight(const void* weights, int64_t bfloat16_weights, index head, index k, index p, float* space) {
+  const index ld = padded(p);
   if (!bfloat16_weights && p == ld) return static_cast<const float*>(weights) + head * k * p;
   for (index i = 0; i < k; i++)
     for (index j = 0; j < ld; j++) {
@@ -42,25 +40,32 @@ static const float* head_weight(const void* weights, int64_t bfloat16_weights, i
   return space;
 }
 
-// The map of one head; its weight's transpose is made in `weight_t` if that is given.
-static FeatureMap map_of(const LinearArguments& a, const void* weights, index head, float* space, float* weight_t) {
-  FeatureMap f{a.map, a.key_dim, a.projected_dim, a.feature_dim, a.scale};
-  if (!f.has_weight()) return f;
-  f.weight = head_weight(weights, a.weight_dtype, head, f, space);
-  if (!weight_t) return f;
-  for (index i = 0; i < f.projected; i++)
-    for (index j = 0; j < f.ld_in(); j++) weight_t[i * f.ld_in() + j] = j < f.in ? f.weight[j * f.ld_projected() + i] : 0.0f;
-  f.weight_t = weight_t;
-  return f;
+// Floats of work space for the maps of a key-value head and the query heads that read it, as `maps_of` makes them.
+template <class P>
+static index space_for_maps(const LinearArguments& a, bool gradients) {
+  const index size = padded(a.key_dim) * padded(a.projected_dim);
+  return (a.heads / a.kv_heads + 1) * (size + P::space(a.key_dim, padded(a.projected_dim)) + (gradients ? size : 0));
 }
-
-// Those of a key-value head and of the query heads that read it.
-static std::pair<FeatureMap, std::vector<FeatureMap>> maps_of(const LinearArguments& a, index kv_head, float* space, float* space_t) {
-  const index groups = a.heads / a.kv_heads, size = padded(a.key_dim) * padded(a.projected_dim);
-  std::vector<FeatureMap> queries;
-  for (index g = 0; g < groups; g++)
-    queries.push_back(map_of(a, a.weight_q, kv_head * groups + g, space + (g + 1) * size, space_t ? space_t + (g + 1) * size : nullptr));
-  return {map_of(a, a.weight_k, kv_head, space, space_t), queries};
+template <class P>
+static std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>> maps_of(const LinearArguments& a, index kv_head, float* space, bool gradients) {
+  const index groups = a.heads / a.kv_heads, each = space_for_maps<P>(a, gradients) / (groups + 1);
+  const auto map_of = [&](const void* weights, index head, float* own) {
+    FeatureMap<P> f{a.map, a.key_dim, a.projected_dim, a.feature_dim, a.scale};
+    if (!f.has_weight()) return f;
+    const index ldx = f.ld_in(), ldp = f.ld_projected();
+    const float* weight = head_weight(weights, a.weight_dtype, head, f.in, f.projected, own);
+    own += ldx * ldp;
+    f.weight = P::pack(f.in, ldp, weight, ldp, own);
+    if (!gradients) return f;
+    own += P::space(f.in, ldp);
+    for (index i = 0; i < f.projected; i++)
+      for (index j = 0; j < ldx; j++) own[i * ldx + j] = j < f.in ? weight[j * ldp + i] : 0.0f;
+    f.weight_t = own;
+    return f;
+  };
+  std::vector<FeatureMap<P>> queries;
+  for (index g = 0; g < groups; g++) queries.push_back(map_of(a.weight_q, kv_head * groups + g, space + (g + 1) * each));
+  return {map_of(a.weight_k, kv_head, space), queries};
 }
 
 // state [F, V + 1] <-> S [F, ld] and z [F]
@@ -84,40 +89,14 @@ static inline void hide_tokens(const uint8_t* valid, index tokens, float* x, ind
     if (!valid[i]) zero(x + i * ld, ld);
 }
 
-// Products of queries and earlier keys: out [c, C] = q [c, f] . keys_t [f, C] for column <= row, else 0. A few rows at a time, so that
-// little is computed that the mask throws away.
-static void causal_products(index c, index f, const float* q, index ldq, const float* keys_t, index ldk, float* out, index ldo) {
-  for (index r = 0; r < c; r += W) {
-    index n = c - r < W ? c - r : W, columns = r + W;
-    multiply(n, columns, f, rows(q + r * ldq, ldq), keys_t, ldk, out + r * ldo, ldo, false);
-    for (index i = 0; i < n; i++) {
-      float* last = out + (r + i) * ldo + r;
-      store(last, first_lanes(i + 1) ? load(last) : vec{});
-    }
-  }
-}
-
-// out [c, n] (=|+=) lower [c, C] . b [C, n], of a lower triangular left-hand side
-static void lower_multiply(index c, index n, const float* lower, index ldl, const float* b, index ldb, float* out, index ldo, bool add) {
-  for (index r = 0; r < c; r += W) {
-    index m = c - r < W ? c - r : W;
-    multiply(m, n, r + m, rows(lower + r * ldl, ldl), b, ldb, out + r * ldo, ldo, add);
-  }
-}
-
-// out [c, n] += lower^T . b
-static void lower_transposed_multiply(index c, index n, const float* lower, index ldl, const float* b, index ldb, float* out, index ldo) {
-  for (index r = 0; r < c; r += W) {
-    index m = c - r < W ? c - r : W;
-    multiply(m, n, c - r, transposed(lower + r * ldl + r, ldl), b + r * ldb, ldb, out + r * ldo, ldo, true);
-  }
-}
-
 static inline float dot(const float* a, const float* b, index n) {
   float total = 0.0f;
 #pragma omp simd reduction(+ : total)
   for (index j = 0; j < n; j++) total += a[j] * b[j];
   return total;
+}
+static inline void scale_row(float* row, index n, float factor) {
+  for (index j = 0; j < n; j += W) store(row + j, load(row + j) * factor);
 }
 static inline float row_sum(const float* a, index n) {
   float total = 0.0f;
@@ -130,28 +109,29 @@ static void add_column_sums(index m, index n, const float* x, index ld, float* z
     for (index j = 0; j < n; j++) z[j] += x[i * ld + j];
 }
 
-// Keys of one chunk through their map, filled up with zeros; `x` and `scratch` are used for it.
-template <typename T>
-static void load_features(const LinearArguments& a, const FeatureMap& map, const View& from, index b, index t, index head, index c, index all,
-                          float* x, float* scratch, float* to) {
-  if (map.kind == NONE) return load_tokens<T>(from, b, t, head, c, all, a.key_dim, to, map.ld_in());
-  load_tokens<T>(from, b, t, head, c, all, a.key_dim, x, map.ld_in());
+// Tokens of one chunk through their map; rows from `c` to `all` are zeros. `x` and `scratch` are used for it.
+template <typename T, class P>
+static void load_features(const FeatureMap<P>& map, const View& from, index b, index t, index head, index c, index all, float* x, float* scratch,
+                          float* to) {
+  if (map.kind == NONE) return load_tokens<T>(from, b, t, head, c, all, map.in, to, map.ld_in());
+  load_tokens<T>(from, b, t, head, c, c, map.in, x, map.ld_in());
   features(map, c, x, scratch, to);
   zero(to + c * map.ld_out(), (all - c) * map.ld_out());
 }
 
-template <typename T>
+template <typename T, class P>
 static void linear_forward_task(const LinearArguments& a, index b, index kv_head, Arena& arena) {
-  constexpr index C = LINEAR_CHUNK;
+  constexpr index C = P::CHUNK;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), ldo = padded(v + 1);
-  const index weight = ldx * ldp;
-  arena.reset(Arena::total({weight * (groups + 1), C * ldx, C * ldp, C * ldf + W, C * ldf + W, ldf * C, C * ldv, C * C, C * ldo, f * ldv, ldf}));
-  float *weights = arena.take(weight * (groups + 1)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
+  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, C * ldf + W, ldf * C, C * ldv, C * C, C * ldo, f * ldv, ldf,
+                            P::space(f, C), P::space(C, ldv), P::space(f, ldv)}));
+  float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(C * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
   float *scores = arena.take(C * C), *out = arena.take(C * ldo), *s = arena.take(f * ldv), *z = arena.take(ldf);
+  float *packed_keys = arena.take(P::space(f, C)), *packed_values = arena.take(P::space(C, ldv)), *packed_s = arena.take(P::space(f, ldv));
 
-  const auto [map_k, maps_q] = maps_of(a, kv_head, weights, nullptr);
+  const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, false);
   const index state_at = (b * a.kv_heads + kv_head) * f * (v + 1);
   bool empty = !a.initial_state;
   zero(z, ldf);
@@ -161,37 +141,77 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
     unpack_state(a.initial_state + state_at, f, v, s, ldv, z);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(a, map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
     transpose(C, ldf, keys, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
+    const auto right_keys = P::pack(f, C, keys_t, C, packed_keys), right_values = P::pack(C, ldv, values, ldv, packed_values);
+    const auto right_s = P::pack(f, ldv, s, ldv, packed_s);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(a, maps_q[g], a.query, b, t, head, c, c, x, scratch, q);
-      causal_products(c, f, q, ldf, keys_t, C, scores, C);
-      lower_multiply(c, ldv, scores, C, values, ldv, out, ldo, false);
-      if (!empty) multiply(c, ldv, f, rows(q, ldf), s, ldv, out, ldo, true);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, q);
+      causal_products<P>(c, f, q, ldf, right_keys, scores, C);
+      lower_multiply<P>(c, ldv, scores, C, right_values, out, ldo, false);
+      if (!empty) P::multiply(c, ldv, f, rows(q, ldf), right_s, out, ldo, true);
       for (index i = 0; i < c; i++) {
         float* row = out + i * ldo;
-        float weight_sum = row_sum(scores + i * C, padded(i + 1)) + (empty ? 0.0f : dot(q + i * ldf, z, ldf));
+        float weight = row_sum(scores + i * C, padded(i + 1)) + (empty ? 0.0f : dot(q + i * ldf, z, ldf));
         if (a.normalize) {
-          if (weight_sum <= TINY) weight_sum = INFINITY;  // a query that sees nothing: 0
-          vec share = splat(1.0f / weight_sum);
-          for (index j = 0; j < ldv; j += W) store(row + j, load(row + j) * share);
+          if (weight <= TINY) weight = INFINITY;  // a query that sees nothing: 0
+          scale_row(row, ldv, 1.0f / weight);
         } else {
-          row[v] = weight_sum;
+          row[v] = weight;
         }
-        if (a.denominators) a.denominators[(b * a.tokens + t + i) * a.heads + head] = weight_sum;
+        if (a.denominators) a.denominators[(b * a.tokens + t + i) * a.heads + head] = weight;
       }
       store_tokens<T>(a.output, b, t, head, c, a.normalize ? v : v + 1, out, ldo);
     }
     if (a.final_state || t + C < a.tokens) {
-      multiply(f, ldv, c, transposed(keys, ldf), values, ldv, s, ldv, true);
+      P::multiply(f, ldv, c, rows(keys_t, C), right_values, s, ldv, true);
       add_column_sums(c, ldf, keys, ldf, z);
       empty = false;
     }
   }
   if (a.final_state) pack_state(a.final_state + state_at, f, v, s, ldv, z);
+}
+
+// Every token sees all: the state of the whole sequence, then the queries.
+template <typename T, class P>
+static void bidirectional_task(const LinearArguments& a, index b, index kv_head, Arena& arena) {
+  constexpr index C = 2 * P::CHUNK;
+  const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
+  const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v);
+  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, ldf * C, C * ldv, f * ldv, ldf, P::space(C, ldv),
+                            P::space(f, ldv)}));
+  float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp), *rows_f = arena.take(C * ldf + W);
+  float *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv), *s = arena.take(f * ldv), *z = arena.take(ldf);
+  float *packed_values = arena.take(P::space(C, ldv)), *packed_s = arena.take(P::space(f, ldv));
+  const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, false);
+  zero(s, f * ldv);
+  zero(z, ldf);
+  for (index t = 0; t < a.tokens; t += C) {
+    const index c = a.tokens - t < C ? a.tokens - t : C;
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rows_f);
+    hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, rows_f, ldf);
+    transpose(C, ldf, rows_f, ldf, keys_t, C);
+    load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
+    P::multiply(f, ldv, c, rows(keys_t, C), P::pack(C, ldv, values, ldv, packed_values), s, ldv, true);
+    add_column_sums(c, ldf, rows_f, ldf, z);
+  }
+  const auto right_s = P::pack(f, ldv, s, ldv, packed_s);
+  for (index t = 0; t < a.tokens; t += C) {
+    const index c = a.tokens - t < C ? a.tokens - t : C;
+    for (index g = 0; g < groups; g++) {
+      const index head = kv_head * groups + g;
+      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, rows_f);
+      P::multiply(c, ldv, f, rows(rows_f, ldf), right_s, values, ldv, false);
+      for (index i = 0; i < c; i++) {
+        const float weight = dot(rows_f + i * ldf, z, ldf);
+        scale_row(values + i * ldv, ldv, weight <= TINY ? 0.0f : 1.0f / weight);
+      }
+      store_tokens<T>(a.output, b, t, head, c, v, values, ldv);
+    }
+  }
 }
 
 // The gradient of one chunk's outputs before the division: [c, ldv], and of the sum of weights, [c].
@@ -226,12 +246,13 @@ static inline void add_outer(index c, index n, float* x, index ld, const float* 
 // values. Features and scores are made again; nothing per chunk is kept.
 template <typename T>
 static void linear_backward_task(const LinearArguments& a, index b, index kv_head, Arena& arena) {
-  constexpr index C = LINEAR_CHUNK;
+  using P = Exact;
+  constexpr index C = P::CHUNK;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), weight = ldx * ldp;
-  arena.reset(Arena::total({weight * (groups + 1), weight * (groups + 1), weight * (groups + 1), C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W, C * ldf + W,
+  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W, C * ldf + W,
                             ldf * C, C * ldv, ldv * C, C * C, C * C, C * ldv, C, C * ldf, C * ldv, ldf * ldv, ldv * ldf, ldf}));
-  float *weights = arena.take(weight * (groups + 1)), *weights_t = arena.take(weight * (groups + 1)), *grad_weights = arena.take(weight * (groups + 1));
+  float *weights = arena.take(space_for_maps<P>(a, true)), *grad_weights = arena.take(weight * (groups + 1));
   float *x = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp));
   float *q = arena.take(C * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C);
   float *values = arena.take(C * ldv), *values_t = arena.take(ldv * C), *scores = arena.take(C * C), *grad_scores = arena.take(C * C);
@@ -239,7 +260,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   float *grad_features = arena.take(C * ldf), *grad_values = arena.take(C * ldv);
   float *s = arena.take(ldf * ldv), *s_t = arena.take(ldv * ldf), *z = arena.take(ldf);
 
-  const auto [map_k, maps_q] = maps_of(a, kv_head, weights, weights_t);
+  const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, true);
   zero(grad_weights, weight * (groups + 1));
   const index state_at = (b * a.kv_heads + kv_head) * f * (v + 1);
 
@@ -253,18 +274,18 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   }
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(a, map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
     transpose(C, ldv, values, ldv, values_t, C);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(a, maps_q[g], a.query, b, t, head, c, c, x, scratch, q);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, q);
       grad_of_sums<T>(a, b, t, head, c, C, grad, ldv, grad_sum, scratch);
-      causal_products(c, v, grad, ldv, values_t, C, grad_scores, C);
+      causal_products<P>(c, v, grad, ldv, {values_t, C}, grad_scores, C);
       for (index i = 0; i < c; i++)
         for (index j = 0; j <= i; j++) grad_scores[i * C + j] += grad_sum[i];
-      lower_multiply(c, ldf, grad_scores, C, keys, ldf, grad_features, ldf, false);
+      multiply(c, ldf, c, rows(grad_scores, C), keys, ldf, grad_features, ldf, false);
       multiply(c, ldf, v, rows(grad, ldv), s_t, ldf, grad_features, ldf, true);
       add_outer(c, ldf, grad_features, ldf, grad_sum, z);
       float* result = grad_features;
@@ -289,7 +310,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   for (index t = (a.tokens - 1) / C * C; t >= 0; t -= C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
     const uint8_t* valid = a.valid ? a.valid + b * a.tokens + t : nullptr;
-    load_features<T>(a, map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
     hide_tokens(valid, c, keys, ldf);
     transpose(C, ldf, keys, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
@@ -300,14 +321,14 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
       for (index j = 0; j < ldf; j++) grad_features[i * ldf + j] += z[j];
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(a, maps_q[g], a.query, b, t, head, c, C, grad_x, scratch, q);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, C, grad_x, scratch, q);
       grad_of_sums<T>(a, b, t, head, c, C, grad, ldv, grad_sum, scratch);
-      causal_products(c, f, q, ldf, keys_t, C, scores, C);
-      causal_products(c, v, grad, ldv, values_t, C, grad_scores, C);
+      causal_products<P>(c, f, q, ldf, {keys_t, C}, scores, C);
+      causal_products<P>(c, v, grad, ldv, {values_t, C}, grad_scores, C);
       for (index i = 0; i < c; i++)
         for (index j = 0; j <= i; j++) grad_scores[i * C + j] += grad_sum[i];
-      lower_transposed_multiply(c, ldv, scores, C, grad, ldv, grad_values, ldv);
-      lower_transposed_multiply(c, ldf, grad_scores, C, q, ldf, grad_features, ldf);
+      multiply(c, ldv, c, transposed(scores, C), grad, ldv, grad_values, ldv, true);
+      multiply(c, ldf, c, transposed(grad_scores, C), q, ldf, grad_features, ldf, true);
       multiply(f, ldv, c, transposed(q, ldf), grad, ldv, s, ldv, true);
       for (index i = 0; i < c; i++)
         for (index j = 0; j < ldf; j++) z[j] += grad_sum[i] * q[i * ldf + j];

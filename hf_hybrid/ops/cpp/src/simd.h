@@ -1,5 +1,4 @@
-// Vectors of floats, small matrix products, and moving tokens in and out of fp32 work space.
-// GCC/Clang vector extensions only: the compiler lowers them to whatever the machine has.
+// Vectors of floats, work space, and moving tokens in and out of it. GCC/Clang vector extensions only: the compiler lowers them to whatever the machine has.
 #pragma once
 
 #include <cmath>
@@ -115,65 +114,6 @@ class Arena {
 };
 
 static inline void zero(float* p, index n) { std::memset(p, 0, n * sizeof(float)); }
-
-// ---- C[m, n] = (or +=) A[m, k] B[k, n]; n a multiple of W. A is read one number at a time, so its two strides are free.
-
-template <int M, int N>
-static inline void tile(index k, const float* a, index a_row, index a_column, const float* __restrict b, index ldb,
-                        float* __restrict c, index ldc, bool add) {
-  vec r[M][N];
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++) r[i][j] = add ? load(c + i * ldc + j * W) : vec{};
-  for (index p = 0; p < k; p++) {
-    vec columns[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++) columns[j] = load(b + p * ldb + j * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < M; i++) {
-      vec x = splat(a[i * a_row + p * a_column]);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; j++) r[i][j] += x * columns[j];
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < M; i++)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; j++) store(c + i * ldc + j * W, r[i][j]);
-}
-
-template <int N>
-static void column_panel(index m, index k, const float* a, index a_row, index a_column, const float* b, index ldb, float* c,
-                         index ldc, bool add) {
-  for (; m >= TILE_ROWS; m -= TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * ldc)
-    tile<TILE_ROWS, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
-  switch (m) {
-    case 5: return tile<5, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
-    case 4: return tile<4, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
-    case 3: return tile<3, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
-    case 2: return tile<2, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
-    case 1: return tile<1, N>(k, a, a_row, a_column, b, ldb, c, ldc, add);
-  }
-}
-
-struct Matrix {  // of the left-hand side: element (i, p) is at data[i * row + p * column]
-  const float* data;
-  index row, column;
-};
-static inline Matrix rows(const float* data, index ld) { return {data, ld, 1}; }
-static inline Matrix transposed(const float* data, index ld) { return {data, 1, ld}; }
-
-static void multiply(index m, index n, index k, Matrix a, const float* b, index ldb, float* c, index ldc, bool add) {
-  index j = 0;
-  for (; j + TILE_VECTORS * W <= n; j += TILE_VECTORS * W)
-    column_panel<TILE_VECTORS>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
-  switch ((n - j) / W) {
-    case 3: return column_panel<3>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
-    case 2: return column_panel<2>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
-    case 1: return column_panel<1>(m, k, a.data, a.row, a.column, b + j, ldb, c + j, ldc, add);
-  }
-}
 
 // ---- transposition, W x W at a time: at every step the off-diagonal halves of pairs of rows change places
 

@@ -32,10 +32,10 @@ struct LinearStep {  // mirrored in arguments.py; fields as in LinearArguments
 template <typename T>
 static void step_features(const LinearStep& a, const void* x, index at, const void* weights, index head, float* row, float* scratch, float* weight,
                           float* out) {
-  FeatureMap f{a.map, a.key_dim, a.projected_dim, a.feature_dim, a.scale};
+  FeatureMap<Exact> f{a.map, a.key_dim, a.projected_dim, a.feature_dim, a.scale};
   if (f.kind == NONE) return load_row(static_cast<const T*>(x) + at, f.in, out, padded(f.in));
   load_row(static_cast<const T*>(x) + at, f.in, row, padded(f.in));
-  if (f.has_weight()) f.weight = head_weight(weights, a.weight_dtype, head, f, weight);
+  if (f.has_weight()) f.weight = {head_weight(weights, a.weight_dtype, head, f.in, f.projected, weight), f.ld_projected()};
   features(f, 1, row, scratch, out);
 }
 

@@ -83,37 +83,49 @@ static void advance(const WindowArguments& a, const Sorted& sorted, index kv_hea
   counts[0] = 0, counts[1] = sorted.found, counts[2] = run;
 }
 
-template <typename T>
+template <typename T, class P>
 static void window_forward_task(const WindowArguments& a, index b, index kv_head, Arena& arena) {
-  constexpr index C = W;
+  constexpr index C = P::CHUNK;
   const LinearArguments& c = a.common;
   const bool linear = a.log_weight;
   const index groups = c.heads / c.kv_heads, k = c.key_dim, v = c.value_dim, f = c.feature_dim, slots = a.sinks + a.window;
-  const index ldx = padded(k), ldp = padded(c.projected_dim), ldf = padded(f), ldv = padded(v), lds = padded(a.sinks), weight = ldx * ldp;
+  const index ldx = padded(k), ldp = padded(c.projected_dim), ldf = padded(f), ldv = padded(v), lds = padded(a.sinks);
   const index back = (a.window + C - 1) / C, reach = lds + (back + 1) * C;
-  const size_t block = Arena::total({ldx * C, C * ldv, C, linear ? C * ldf + W : 0, linear ? ldf * C : 0});
-  arena.reset(Arena::total({linear ? weight * (groups + 1) : 0, C * ldx, C * ldp, C * ldx, C * ldf + W, ldx * lds, lds * ldx, lds * ldv, C * reach,
-                            C * C, C * ldv, linear ? f * ldv : 0, ldf}) +
+  const auto if_linear = [&](index n) { return linear ? n : 0; };
+  const size_t block = Arena::total({ldx * C, C * ldv, C, if_linear(C * ldf + W), if_linear(ldf * C), P::space(k, C), P::space(C, ldv),
+                                     if_linear(P::space(f, C))});
+  arena.reset(Arena::total({if_linear(space_for_maps<P>(c, false)), C * ldx, C * ldp, C * ldx, C * ldf + W, lds * ldx, ldx * lds, lds * ldv, C * reach,
+                            C * C, C * ldv, if_linear(f * ldv), ldf, P::space(k, lds), P::space(lds, ldv), if_linear(P::space(f, ldv))}) +
               (back + 1) * block);
-  float *weights = arena.take(linear ? weight * (groups + 1) : 0), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
-  float *q = arena.take(C * ldx), *features_q = arena.take(C * ldf + W), *sink_keys_t = arena.take(ldx * lds), *sink_keys = arena.take(lds * ldx);
+  float *weights = arena.take(if_linear(space_for_maps<P>(c, false))), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
+  float *q = arena.take(C * ldx), *features_q = arena.take(C * ldf + W), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds);
   float *sink_values = arena.take(lds * ldv), *share = arena.take(C * reach), *products = arena.take(C * C), *out = arena.take(C * ldv);
-  float *s = arena.take(linear ? f * ldv : 0), *z = arena.take(ldf);
+  float *s = arena.take(if_linear(f * ldv)), *z = arena.take(ldf);
+  float *packed_sink_keys = arena.take(P::space(k, lds)), *packed_sink_values = arena.take(P::space(lds, ldv));
+  float* packed_s = arena.take(if_linear(P::space(f, ldv)));
 
   struct Block {
     index first;  // position of its first token
     float *keys_t, *values, *seen, *features, *features_t;
+    float *packed_keys, *packed_values, *packed_features;
+    typename P::Right right_keys, right_values, right_features;
     bool whole, mapped;  // all seen; features made
   };
   std::vector<Block> ring(back + 1);
   for (Block& each : ring) {
     each.keys_t = arena.take(ldx * C), each.values = arena.take(C * ldv), each.seen = arena.take(C);
-    if (linear) each.features = arena.take(C * ldf + W), each.features_t = arena.take(ldf * C);
+    each.features = arena.take(if_linear(C * ldf + W)), each.features_t = arena.take(if_linear(ldf * C));
+    each.packed_keys = arena.take(P::space(k, C)), each.packed_values = arena.take(P::space(C, ldv));
+    each.packed_features = arena.take(if_linear(P::space(f, C)));
   }
 
   const Sorted sorted(a, b);
   const index head_at = b * c.kv_heads + kv_head;
-  // `tokens` tokens from position `first` on into a block; those before the first new one come out of the state
+  const auto load_position = [&](index p, index slot, float* key, float* value) {  // those before the first new token come out of the state
+    const index at = head_at * slots + slot;
+    load_row(p < 0 ? static_cast<const T*>(a.before.key) + at * k : c.key.at<const T>(b, p, kv_head), k, key, ldx);
+    load_row(p < 0 ? static_cast<const T*>(a.before.value) + at * v : c.value.at<const T>(b, p, kv_head), v, value, ldv);
+  };
   const auto fill = [&](Block& to, index first) {
     to.first = first, to.mapped = false, to.whole = true;
     zero(x, C * ldx);
@@ -122,19 +134,13 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       const index p = first + i;
       const bool seen = p < c.tokens && sorted.visible(p);
       to.seen[i] = seen, to.whole &= seen;
-      if (!seen) continue;
-      const index at = p < 0 ? head_at * slots + sorted.ring_slot(p) : 0;
-      if (p < 0) {
-        load_row(static_cast<const T*>(a.before.key) + at * k, k, x + i * ldx, padded(k));
-        load_row(static_cast<const T*>(a.before.value) + at * v, v, to.values + i * ldv, padded(v));
-      } else {
-        load_row(c.key.at<const T>(b, p, kv_head), k, x + i * ldx, padded(k));
-        load_row(c.value.at<const T>(b, p, kv_head), v, to.values + i * ldv, padded(v));
-      }
+      if (seen) load_position(p, p < 0 ? sorted.ring_slot(p) : 0, x + i * ldx, to.values + i * ldv);
     }
     transpose(C, ldx, x, ldx, to.keys_t, C);
+    to.right_keys = P::pack(k, C, to.keys_t, C, to.packed_keys);
+    to.right_values = P::pack(C, ldv, to.values, ldv, to.packed_values);
   };
-  const auto [map_k, maps_q] = linear ? maps_of(c, kv_head, weights, nullptr) : std::pair<FeatureMap, std::vector<FeatureMap>>();
+  const auto [map_k, maps_q] = linear ? maps_of<P>(c, kv_head, weights, false) : std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>>();
   const auto map_block = [&](Block& to) {
     if (to.mapped) return;
     float* keys = map_k.kind == NONE ? to.features : x;
@@ -143,6 +149,7 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
     for (index i = 0; i < C; i++)
       if (to.seen[i] == 0.0f) zero(to.features + i * ldf, ldf);
     transpose(C, ldf, to.features, ldf, to.features_t, C);
+    to.right_features = P::pack(f, C, to.features_t, C, to.packed_features);
     to.mapped = true;
   };
   bool empty = true;
@@ -153,28 +160,23 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   }
   const auto absorb = [&](Block& from, index tokens) {
     map_block(from);
-    multiply(f, ldv, tokens, transposed(from.features, ldf), from.values, ldv, s, ldv, true);
+    P::multiply(f, ldv, tokens, rows(from.features_t, C), from.right_values, s, ldv, true);
     add_column_sums(tokens, ldf, from.features, ldf, z);
     empty = false;
   };
 
   zero(sink_keys, lds * ldx);
   zero(sink_values, lds * ldv);
-  for (index slot = 0; slot < sorted.found; slot++) {
-    const index p = sorted.sink_position[slot], at = head_at * slots + slot;
-    if (p < 0) {
-      load_row(static_cast<const T*>(a.before.key) + at * k, k, sink_keys + slot * ldx, padded(k));
-      load_row(static_cast<const T*>(a.before.value) + at * v, v, sink_values + slot * ldv, padded(v));
-    } else {
-      load_row(c.key.at<const T>(b, p, kv_head), k, sink_keys + slot * ldx, padded(k));
-      load_row(c.value.at<const T>(b, p, kv_head), v, sink_values + slot * ldv, padded(v));
-    }
-  }
+  for (index slot = 0; slot < sorted.found; slot++)
+    load_position(sorted.sink_position[slot], slot, sink_keys + slot * ldx, sink_values + slot * ldv);
   transpose(lds, ldx, sink_keys, ldx, sink_keys_t, lds);
+  const auto right_sink_keys = P::pack(k, lds, sink_keys_t, lds, packed_sink_keys);
+  const auto right_sink_values = P::pack(lds, ldv, sink_values, ldv, packed_sink_values);
   for (index n = 0; n < back; n++) fill(ring[n], (n - back) * C);
 
   ivec lane;
   for (int l = 0; l < W; l++) lane[l] = l;
+  const auto position_is_before = [&](index first, index end) { return lane + int32_t(first) < ivec{} + int32_t(end); };
   for (index t = 0; t < c.tokens; t += C) {
     const index count = c.tokens - t < C ? c.tokens - t : C;
     const index oldest = (t / C) % (back + 1);
@@ -183,11 +185,13 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
     // blocks some of whose keys have left the window of some query of this block
     index leaving = 0;
     while (linear && leaving <= back && nth(leaving).first - t <= count - 1 - a.window) map_block(nth(leaving++));
+    typename P::Right right_s{};
+    if (linear && !empty) right_s = P::pack(f, ldv, s, ldv, packed_s);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
       load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
-      if (a.sinks) multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
-      for (index n = 0; n <= back; n++) multiply(count, C, k, rows(q, ldx), nth(n).keys_t, C, share + lds + n * C, reach, false);
+      if (a.sinks) P::multiply(count, lds, k, rows(q, ldx), right_sink_keys, share, reach, false);
+      for (index n = 0; n <= back; n++) P::multiply(count, C, k, rows(q, ldx), nth(n).right_keys, share + lds + n * C, reach, false);
       for (index i = 0; i < count; i++) {
         float* row = share + i * reach;
         vec top = splat(NOTHING);
@@ -200,47 +204,46 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
         }
         for (index n = 0; n <= back; n++) {
           const Block& from = nth(n);
-          vec score = load(row + lds + n * C) * a.score_scale;
-          const int32_t first = from.first - t;
-          if (n == back || first <= i - a.window || !from.whole) {
-            ivec position = lane + first;
-            ivec here = (position <= ivec{} + int32_t(i)) & (position > ivec{} + int32_t(i - a.window)) & (load(from.seen) > vec{});
-            score = here ? score : splat(NOTHING);
-            store(row + lds + n * C, score);
-          } else {
-            store(row + lds + n * C, score);
+          for (index j = 0; j < C; j += W) {
+            float* here = row + lds + n * C + j;
+            const index first = from.first - t + j;  // relative to the first query of the block
+            vec score = load(here) * a.score_scale;
+            if (!from.whole || first <= i - a.window || first + W - 1 > i) {
+              const ivec inside = ~position_is_before(first, i - a.window + 1) & position_is_before(first, i + 1) & (load(from.seen + j) > vec{});
+              score = inside ? score : splat(NOTHING);
+            }
+            store(here, score);
+            top = max(top, score);
           }
-          top = max(top, score);
         }
         float peak = largest(top);
         if (peak <= NOTHING) peak = 0.0f;  // nothing but what is older
         for (index j = 0; j < reach; j += W) store(row + j, exp(load(row + j) - peak));
       }
+      const float* qf = features_q;
       if (linear) {
-        float* qf = maps_q[g].kind == NONE ? q : features_q;
-        if (maps_q[g].kind != NONE) features(maps_q[g], count, q, scratch, qf);
-        const float factor = std::exp(a.log_weight[head]);
-        for (index i = 0; i < count; i++) scale_row(qf + i * ldf, ldf, factor);
+        if (maps_q[g].kind == NONE)
+          std::memcpy(features_q, q, count * ldf * sizeof(float));
+        else
+          features(maps_q[g], count, q, scratch, features_q);
+        scale_row(features_q, count * ldf, std::exp(a.log_weight[head]));
         for (index n = 0; n < leaving; n++) {
           const Block& from = nth(n);
-          multiply(count, C, f, rows(qf, ldf), from.features_t, C, products, C, false);
-          for (index i = 0; i < count; i++) {
-            float* row = share + i * reach + lds + n * C;
-            ivec older = lane + int32_t(from.first - t) <= ivec{} + int32_t(i - a.window);
-            store(row, older ? load(products + i * C) : load(row));
-          }
+          P::multiply(count, C, f, rows(qf, ldf), from.right_features, products, C, false);
+          for (index i = 0; i < count; i++)
+            for (index j = 0; j < C; j += W) {
+              float* here = share + i * reach + lds + n * C + j;
+              store(here, position_is_before(from.first - t + j, i - a.window + 1) ? load(products + i * C + j) : load(here));
+            }
         }
-        if (empty)
-          for (index i = 0; i < count; i++) zero(out + i * ldv, ldv);
-        else
-          multiply(count, ldv, f, rows(qf, ldf), s, ldv, out, ldv, false);
       }
-      if (a.sinks) multiply(count, ldv, a.sinks, rows(share, reach), sink_values, ldv, out, ldv, linear);
+      const bool older = linear && !empty;
+      if (older) P::multiply(count, ldv, f, rows(qf, ldf), right_s, out, ldv, false);
+      if (a.sinks) P::multiply(count, ldv, a.sinks, rows(share, reach), right_sink_values, out, ldv, older);
       for (index n = 0; n <= back; n++)
-        multiply(count, ldv, C, rows(share + lds + n * C, reach), nth(n).values, ldv, out, ldv, linear || a.sinks || n);
+        P::multiply(count, ldv, C, rows(share + lds + n * C, reach), nth(n).right_values, out, ldv, older || a.sinks || n);
       for (index i = 0; i < count; i++) {
-        float total = row_sum(share + i * reach, reach);
-        if (linear && !empty) total += dot((maps_q[g].kind == NONE ? q : features_q) + i * ldf, z, ldf);
+        const float total = row_sum(share + i * reach, reach) + (older ? dot(qf + i * ldf, z, ldf) : 0.0f);
         scale_row(out + i * ldv, ldv, total <= TINY ? 0.0f : 1.0f / total);
       }
       store_tokens<T>(c.output, b, t, head, count, v, out, ldv);
