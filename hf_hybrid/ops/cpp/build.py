@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 # -march=native: made here, for this processor. No -ffast-math: NaN and infinity mean something.
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-Wno-psabi")
+FLAGS = ("-std=c++17", "-g", "-O3", "-march=native", "-fPIC", "-Wno-psabi")
 
 
 @functools.cache

@@ -22,47 +22,58 @@ struct FeatureMap {
   index ld_out() const { return padded(out); }
 };
 
-// to = softmax(factor * x) over n numbers, and, if wanted, other = softmax(-factor * x). Up to W - 1 numbers are written past the end.
-template <bool BOTH>
-static inline void softmax_row(const float* x, float factor, index n, float* to, float* other) {
-  vec top = splat(-3.4e38f), bottom = splat(3.4e38f);
-  for (index j = 0; j < n; j += W) {
-    const vec y = load(x + j) * factor;
-    if (n - j >= W) {
-      top = max(top, y), bottom = min(bottom, y);
-    } else {
-      const ivec inside = first_lanes(n - j);
-      top = inside ? max(top, y) : top, bottom = inside ? min(bottom, y) : bottom;
-    }
+// to = softmax(factor * x) over n numbers, and, if wanted, other = softmax(-factor * x). Up to W - 1 numbers are written past the end. `N`: the
+// number of vectors where it is known, which lets them stay in registers; else 0.
+template <bool BOTH, int N>
+static inline void softmax_vectors(const float* x, float factor, index n, float* to, float* other) {
+  constexpr int KEPT = N ? N : 1;
+  const index count = N ? N : padded(n) / W;
+  vec kept[KEPT], other_kept[KEPT], top = splat(-3.4e38f), bottom = splat(3.4e38f), total = vec{}, other_total = vec{};
+  const auto at = [&](index j) { return load(x + j * W) * factor; };
+  const ivec rest = N ? ~ivec{} : first_lanes(n - (count - 1) * W);  // of the last vector
+#pragma GCC unroll 8
+  for (index j = 0; j < count; j++) {
+    const vec y = at(j);
+    const bool whole = N || j + 1 < count;
+    top = whole ? max(top, y) : (rest ? max(top, y) : top);
+    bottom = whole ? min(bottom, y) : (rest ? min(bottom, y) : bottom);
+    if (N) kept[j % KEPT] = y;
   }
-  const vec highest = splat(largest(top)), lowest = BOTH ? splat(-largest(-bottom)) : vec{};
-  vec total = vec{}, other_total = vec{};
-  for (index j = 0; j < n; j += W) {
-    const vec y = load(x + j) * factor;
+  const vec ends = BOTH ? largest_of(top, -bottom) : splat(largest(top));
+  const vec highest = splat(ends[0]), lowest = splat(-ends[1]);
+#pragma GCC unroll 8
+  for (index j = 0; j < count; j++) {
+    const vec y = N ? kept[j % KEPT] : at(j);
     vec a = exp(y - highest), b = BOTH ? exp(lowest - y) : vec{};
-    if (n - j < W) {
-      const ivec inside = first_lanes(n - j);
-      a = inside ? a : vec{}, b = inside ? b : vec{};
-    }
-    store(to + j, a);
-    total += a;
-    if (BOTH) {
-      store(other + j, b);
-      other_total += b;
+    if (!N && j + 1 == count) a = rest ? a : vec{}, b = rest ? b : vec{};
+    total += a, other_total += b;
+    if (N) {
+      kept[j % KEPT] = a, other_kept[j % KEPT] = b;
+    } else {
+      store(to + j * W, a);
+      if (BOTH) store(other + j * W, b);
     }
   }
-  const vec share = splat(1.0f / sum(total)), other_share = BOTH ? splat(1.0f / sum(other_total)) : vec{};
-  for (index j = 0; j < n; j += W) {
-    store(to + j, load(to + j) * share);
-    if (BOTH) store(other + j, load(other + j) * other_share);
+  const vec totals = BOTH ? sums_of(total, other_total) : splat(sum(total));
+  const float share = 1.0f / totals[0], other_share = BOTH ? 1.0f / totals[1] : 0.0f;
+#pragma GCC unroll 8
+  for (index j = 0; j < count; j++) {
+    store(to + j * W, (N ? kept[j % KEPT] : load(to + j * W)) * share);
+    if (BOTH) store(other + j * W, (N ? other_kept[j % KEPT] : load(other + j * W)) * other_share);
   }
 }
+template <bool BOTH>
+static inline void softmax_row(const float* x, float factor, index n, float* to, float* other) {
+  if (n == 4 * W) return softmax_vectors<BOTH, 4>(x, factor, n, to, other);
+  if (n == 8 * W) return softmax_vectors<BOTH, 8>(x, factor, n, to, other);
+  softmax_vectors<BOTH, 0>(x, factor, n, to, other);
+}
 
-// x [m, ld_in] -> out [m, ld_out] and W numbers of slack; `scratch` holds m * ld_projected numbers
+// x [m, ld_in] -> out [m, ld_out] and W numbers of slack; `scratch` holds m * ld_projected numbers, `rounded` P::left_space(m, K)
 template <class P>
-static void features(const FeatureMap<P>& f, index m, const float* x, float* scratch, float* out) {
+static void features(const FeatureMap<P>& f, index m, const float* x, float* scratch, float* rounded, float* out) {
   const index ldx = f.ld_in(), ldp = f.ld_projected(), ldo = f.ld_out(), n = f.projected;
-  if (f.has_weight()) P::multiply(m, ldp, f.in, rows(x, ldx), f.weight, scratch, ldp, false);
+  if (f.has_weight()) P::multiply(m, ldp, f.in, P::left(m, f.in, x, ldx, rounded), f.weight, scratch, ldp, false);
   for (index i = 0; i < m; i++) {
     const float* from = f.has_weight() ? scratch + i * ldp : x + i * ldx;
     float* row = out + i * ldo;

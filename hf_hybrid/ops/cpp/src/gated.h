@@ -5,8 +5,6 @@
 // the chunk: e^(b_i - b_j) = e^(b_i - r) e^(r - b_j). Chunks are so short that neither overflows.
 #pragma once
 
-#include <algorithm>
-
 #include "linear.h"
 
 namespace hf_hybrid {
@@ -20,7 +18,6 @@ struct GatedArguments {  // mirrored in arguments.py
   float* final_state;          // the same or null
 };
 
-constexpr index HEAD_CHUNK = 32;
 // Smaller log-decays forget all that a float can hold, and would only cost digits of the cumulative sum.
 constexpr float STRONGEST_HEAD_DECAY = -20.0f, STRONGEST_CHANNEL_DECAY = -16.0f;
 // The largest exponent of a rescaled query or key, far from the end of fp32 (88) for huge inputs.
@@ -57,17 +54,19 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   const index kv_head = state_head / (a.state_heads / a.kv_heads), groups = a.heads / a.state_heads;
   const index k = a.key_dim, v = a.value_dim, ldk = padded(k), ldv = padded(v);
   const float floor = std::max(a.min_decay, channels ? STRONGEST_CHANNEL_DECAY : STRONGEST_HEAD_DECAY);
-  // chunks of half a vector at least; only the number of tokens in use shrinks
-  constexpr index C = HEAD_CHUNK;
-  const index step = !channels ? C : -floor * W / 2 <= LARGEST_EXPONENT ? W : W / 2;
+  constexpr index C = P::CHUNK;
+  index step = C;  // tokens of a chunk in use
+  while (channels && -floor * step / 2 > LARGEST_EXPONENT) step /= 2;
   const index wide = channels ? C * ldk : C * C;  // decays: per token and channel, or per pair of tokens
+  const index left_space = std::max(P::left_space(C, k), P::left_space(k, C));
   arena.reset(Arena::total({C * ldk, C * ldk, ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, wide, wide, ldk, C, C, C, k * ldv,
-                            P::space(k, C), P::space(C, ldv), P::space(k, ldv)}));
+                            P::right_space(k, C), P::right_space(C, ldv), P::right_space(k, ldv), left_space}));
   float *keys = arena.take(C * ldk), *near_keys = arena.take(C * ldk), *keys_t = arena.take(ldk * C), *q = arena.take(C * ldk);
   float *written = arena.take(C * ldv), *out = arena.take(C * ldv), *scores = arena.take(C * C), *lower = arena.take(C * C);
   float *near = arena.take(wide), *far = arena.take(wide), *reference = arena.take(ldk);
   float *cumulative = arena.take(C), *from_start = arena.take(C), *to_end = arena.take(C), *s = arena.take(k * ldv);
-  float *packed_keys = arena.take(P::space(k, C)), *packed_written = arena.take(P::space(C, ldv)), *packed_s = arena.take(P::space(k, ldv));
+  float *packed_keys = arena.take(P::right_space(k, C)), *packed_written = arena.take(P::right_space(C, ldv));
+  float *packed_s = arena.take(P::right_space(k, ldv)), *rounded = arena.take(left_space);
 
   const index state_at = (b * a.state_heads + state_head) * k * v;
   for (index i = 0; i < k; i++) {
@@ -124,12 +123,12 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       }
     }
     transpose(filled, ldk, keys, ldk, keys_t, C);
-    const auto right_keys = P::pack(k, C, keys_t, C, packed_keys);
-    const auto right_s = P::pack(k, ldv, s, ldv, packed_s);
+    const auto right_keys = P::right(k, C, keys_t, C, packed_keys);
+    const auto right_s = P::right(k, ldv, s, ldv, packed_s);
     if (delta) {
-      const float* left = channels ? near_keys : keys;
-      causal_products<P>(c, k, left, ldk, right_keys, lower, C);
-      P::multiply(c, ldv, k, rows(left, ldk), right_s, out, ldv, false);  // what the state recalls
+      const auto left = P::left(c, k, channels ? near_keys : keys, ldk, rounded);
+      causal_products<P>(c, k, left, right_keys, lower, C);
+      P::multiply(c, ldv, k, left, right_s, out, ldv, false);  // what the state recalls
       for (index i = 0; i < c; i++) {
         const float beta = *a.beta.at<const float>(b, t + i, state_head), decay = channels ? 1.0f : from_start[i];
         for (index j = 0; j < i; j++) lower[i * C + j] *= channels ? -beta : -beta * near[i * C + j];
@@ -137,23 +136,23 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       }
       solve(c, ldv, lower, C, written, ldv);
     }
-    const auto right_written = P::pack(filled, ldv, written, ldv, packed_written);
+    const auto right_written = P::right(filled, ldv, written, ldv, packed_written);
 
     for (index g = 0; g < groups; g++) {
       const index head = state_head * groups + g;
       load_tokens<T>(a.query, b, t, head, c, c, k, q, ldk);
       if (a.l2norm) l2_normalize(c, q, ldk);
       if (channels) multiply_rows(c, q, near, ldk);
-      causal_products<P>(c, k, q, ldk, right_keys, scores, C);
-      P::multiply(c, ldv, k, rows(q, ldk), right_s, out, ldv, false);
+      const auto left_q = P::left(c, k, q, ldk, rounded);
+      causal_products<P>(c, k, left_q, right_keys, scores, C);
+      P::multiply(c, ldv, k, left_q, right_s, out, ldv, false);
       if (!channels)
         for (index i = 0; i < c; i++) {
           scale_row(out + i * ldv, ldv, from_start[i]);
           for (index j = 0; j <= i; j += W) store(scores + i * C + j, load(scores + i * C + j) * load(near + i * C + j));
         }
-      lower_multiply<P>(c, ldv, scores, C, right_written, out, ldv, true);
-      for (index i = 0; i < c; i++) scale_row(out + i * ldv, ldv, a.scale);
-      store_tokens<T>(a.output, b, t, head, c, v, out, ldv);
+      lower_multiply<P>(c, ldv, scores, C, right_written, out, ldv, true, rounded);
+      for (index i = 0; i < c; i++) store_row(out + i * ldv, a.scale, v, a.output.at<T>(b, t + i, head));
     }
 
     if (!a.final_state && t + step >= a.tokens) continue;
@@ -162,7 +161,7 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       for (index i = 0; i < k; i++)
         for (index j = 0; j < filled; j += W) store(keys_t + i * C + j, load(keys_t + i * C + j) * load(to_end + j));
     }
-    P::multiply(k, ldv, c, rows(keys_t, C), right_written, s, ldv, true);
+    P::multiply(k, ldv, c, P::left(k, c, keys_t, C, rounded), right_written, s, ldv, true);
     if (channels)
       for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, reference[i]);
   }

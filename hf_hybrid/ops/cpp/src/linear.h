@@ -4,6 +4,7 @@
 // key-value head with the query heads that read it.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "feature_maps.h"
@@ -44,7 +45,7 @@ static const float* head_weight(const void* weights, int64_t bfloat16_weights, i
 template <class P>
 static index space_for_maps(const LinearArguments& a, bool gradients) {
   const index size = padded(a.key_dim) * padded(a.projected_dim);
-  return (a.heads / a.kv_heads + 1) * (size + P::space(a.key_dim, padded(a.projected_dim)) + (gradients ? size : 0));
+  return (a.heads / a.kv_heads + 1) * (size + P::right_space(a.key_dim, padded(a.projected_dim)) + (gradients ? size : 0));
 }
 template <class P>
 static std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>> maps_of(const LinearArguments& a, index kv_head, float* space, bool gradients) {
@@ -55,9 +56,9 @@ static std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>> maps_of(const Linear
     const index ldx = f.ld_in(), ldp = f.ld_projected();
     const float* weight = head_weight(weights, a.weight_dtype, head, f.in, f.projected, own);
     own += ldx * ldp;
-    f.weight = P::pack(f.in, ldp, weight, ldp, own);
+    f.weight = P::right(f.in, ldp, weight, ldp, own);
     if (!gradients) return f;
-    own += P::space(f.in, ldp);
+    own += P::right_space(f.in, ldp);
     for (index i = 0; i < f.projected; i++)
       for (index j = 0; j < ldx; j++) own[i * ldx + j] = j < f.in ? weight[j * ldp + i] : 0.0f;
     f.weight_t = own;
@@ -89,20 +90,20 @@ static inline void hide_tokens(const uint8_t* valid, index tokens, float* x, ind
     if (!valid[i]) zero(x + i * ld, ld);
 }
 
-static inline float dot(const float* a, const float* b, index n) {
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (index j = 0; j < n; j++) total += a[j] * b[j];
+// over `n` numbers, a multiple of W; what is to be added up is left in the lanes
+static inline vec products_of(const float* a, const float* b, index n) {
+  vec total = vec{};
+  for (index j = 0; j < n; j += W) total += load(a + j) * load(b + j);
   return total;
+}
+static inline float dot(const float* a, const float* b, index n) { return sum(products_of(a, b, n)); }
+static inline float row_sum(const float* a, index n) {
+  vec total = vec{};
+  for (index j = 0; j < n; j += W) total += load(a + j);
+  return sum(total);
 }
 static inline void scale_row(float* row, index n, float factor) {
   for (index j = 0; j < n; j += W) store(row + j, load(row + j) * factor);
-}
-static inline float row_sum(const float* a, index n) {
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-  for (index j = 0; j < n; j++) total += a[j];
-  return total;
 }
 static void add_column_sums(index m, index n, const float* x, index ld, float* z) {
   for (index i = 0; i < m; i++)
@@ -112,10 +113,10 @@ static void add_column_sums(index m, index n, const float* x, index ld, float* z
 // Tokens of one chunk through their map; rows from `c` to `all` are zeros. `x` and `scratch` are used for it.
 template <typename T, class P>
 static void load_features(const FeatureMap<P>& map, const View& from, index b, index t, index head, index c, index all, float* x, float* scratch,
-                          float* to) {
+                          float* rounded, float* to) {
   if (map.kind == NONE) return load_tokens<T>(from, b, t, head, c, all, map.in, to, map.ld_in());
   load_tokens<T>(from, b, t, head, c, c, map.in, x, map.ld_in());
-  features(map, c, x, scratch, to);
+  features(map, c, x, scratch, rounded, to);
   zero(to + c * map.ld_out(), (all - c) * map.ld_out());
 }
 
@@ -124,12 +125,14 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
   constexpr index C = P::CHUNK;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), ldo = padded(v + 1);
+  const index left_space = std::max({P::left_space(C, f), P::left_space(C, a.key_dim), P::left_space(f, C)});
   arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, C * ldf + W, ldf * C, C * ldv, C * C, C * ldo, f * ldv, ldf,
-                            P::space(f, C), P::space(C, ldv), P::space(f, ldv)}));
+                            P::right_space(f, C), P::right_space(C, ldv), P::right_space(f, ldv), left_space}));
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(C * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
   float *scores = arena.take(C * C), *out = arena.take(C * ldo), *s = arena.take(f * ldv), *z = arena.take(ldf);
-  float *packed_keys = arena.take(P::space(f, C)), *packed_values = arena.take(P::space(C, ldv)), *packed_s = arena.take(P::space(f, ldv));
+  float *packed_keys = arena.take(P::right_space(f, C)), *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv));
+  float* rounded = arena.take(left_space);
 
   const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, false);
   const index state_at = (b * a.kv_heads + kv_head) * f * (v + 1);
@@ -141,33 +144,31 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
     unpack_state(a.initial_state + state_at, f, v, s, ldv, z);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rounded, keys);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
     transpose(C, ldf, keys, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
-    const auto right_keys = P::pack(f, C, keys_t, C, packed_keys), right_values = P::pack(C, ldv, values, ldv, packed_values);
-    const auto right_s = P::pack(f, ldv, s, ldv, packed_s);
+    const auto right_keys = P::right(f, C, keys_t, C, packed_keys), right_values = P::right(C, ldv, values, ldv, packed_values);
+    const auto right_s = P::right(f, ldv, s, ldv, packed_s);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, q);
-      causal_products<P>(c, f, q, ldf, right_keys, scores, C);
-      lower_multiply<P>(c, ldv, scores, C, right_values, out, ldo, false);
-      if (!empty) P::multiply(c, ldv, f, rows(q, ldf), right_s, out, ldo, true);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, rounded, q);
+      const auto left_q = P::left(c, f, q, ldf, rounded);
+      causal_products<P>(c, f, left_q, right_keys, scores, C);
+      if (!empty) P::multiply(c, ldv, f, left_q, right_s, out, ldo, false);
+      lower_multiply<P>(c, ldv, scores, C, right_values, out, ldo, !empty, rounded);
       for (index i = 0; i < c; i++) {
-        float* row = out + i * ldo;
-        float weight = row_sum(scores + i * C, padded(i + 1)) + (empty ? 0.0f : dot(q + i * ldf, z, ldf));
-        if (a.normalize) {
-          if (weight <= TINY) weight = INFINITY;  // a query that sees nothing: 0
-          scale_row(row, ldv, 1.0f / weight);
-        } else {
-          row[v] = weight;
-        }
+        vec sums = products_of(q + i * ldf, z, ldf);
+        for (index j = 0; j <= i; j += W) sums += load(scores + i * C + j);
+        float weight = sum(sums);
+        if (a.normalize && weight <= TINY) weight = INFINITY;  // a query that sees nothing: 0
         if (a.denominators) a.denominators[(b * a.tokens + t + i) * a.heads + head] = weight;
+        out[i * ldo + v] = weight;
+        store_row(out + i * ldo, a.normalize ? 1.0f / weight : 1.0f, a.normalize ? v : v + 1, a.output.at<T>(b, t + i, head));
       }
-      store_tokens<T>(a.output, b, t, head, c, a.normalize ? v : v + 1, out, ldo);
     }
     if (a.final_state || t + C < a.tokens) {
-      P::multiply(f, ldv, c, rows(keys_t, C), right_values, s, ldv, true);
+      P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), right_values, s, ldv, true);
       add_column_sums(c, ldf, keys, ldf, z);
       empty = false;
     }
@@ -181,35 +182,35 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   constexpr index C = 2 * P::CHUNK;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v);
-  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, ldf * C, C * ldv, f * ldv, ldf, P::space(C, ldv),
-                            P::space(f, ldv)}));
+  const index left_space = std::max({P::left_space(C, f), P::left_space(C, a.key_dim), P::left_space(f, C)});
+  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, ldf * C, C * ldv, f * ldv, ldf, P::right_space(C, ldv),
+                            P::right_space(f, ldv), left_space}));
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp), *rows_f = arena.take(C * ldf + W);
   float *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv), *s = arena.take(f * ldv), *z = arena.take(ldf);
-  float *packed_values = arena.take(P::space(C, ldv)), *packed_s = arena.take(P::space(f, ldv));
+  float *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv)), *rounded = arena.take(left_space);
   const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, false);
   zero(s, f * ldv);
   zero(z, ldf);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rows_f);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rounded, rows_f);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, rows_f, ldf);
     transpose(C, ldf, rows_f, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
-    P::multiply(f, ldv, c, rows(keys_t, C), P::pack(C, ldv, values, ldv, packed_values), s, ldv, true);
+    P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), P::right(C, ldv, values, ldv, packed_values), s, ldv, true);
     add_column_sums(c, ldf, rows_f, ldf, z);
   }
-  const auto right_s = P::pack(f, ldv, s, ldv, packed_s);
+  const auto right_s = P::right(f, ldv, s, ldv, packed_s);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, rows_f);
-      P::multiply(c, ldv, f, rows(rows_f, ldf), right_s, values, ldv, false);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, rounded, rows_f);
+      P::multiply(c, ldv, f, P::left(c, f, rows_f, ldf, rounded), right_s, values, ldv, false);
       for (index i = 0; i < c; i++) {
         const float weight = dot(rows_f + i * ldf, z, ldf);
-        scale_row(values + i * ldv, ldv, weight <= TINY ? 0.0f : 1.0f / weight);
+        store_row(values + i * ldv, weight <= TINY ? 0.0f : 1.0f / weight, v, a.output.at<T>(b, t + i, head));
       }
-      store_tokens<T>(a.output, b, t, head, c, v, values, ldv);
     }
   }
 }
@@ -274,15 +275,15 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   }
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
     transpose(C, ldv, values, ldv, values_t, C);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, q);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, nullptr, q);
       grad_of_sums<T>(a, b, t, head, c, C, grad, ldv, grad_sum, scratch);
-      causal_products<P>(c, v, grad, ldv, {values_t, C}, grad_scores, C);
+      causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
       for (index i = 0; i < c; i++)
         for (index j = 0; j <= i; j++) grad_scores[i * C + j] += grad_sum[i];
       multiply(c, ldf, c, rows(grad_scores, C), keys, ldf, grad_features, ldf, false);
@@ -310,7 +311,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   for (index t = (a.tokens - 1) / C * C; t >= 0; t -= C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
     const uint8_t* valid = a.valid ? a.valid + b * a.tokens + t : nullptr;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, keys);
+    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
     hide_tokens(valid, c, keys, ldf);
     transpose(C, ldf, keys, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
@@ -321,10 +322,10 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
       for (index j = 0; j < ldf; j++) grad_features[i * ldf + j] += z[j];
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, C, grad_x, scratch, q);
+      load_features<T>(maps_q[g], a.query, b, t, head, c, C, grad_x, scratch, nullptr, q);
       grad_of_sums<T>(a, b, t, head, c, C, grad, ldv, grad_sum, scratch);
-      causal_products<P>(c, f, q, ldf, {keys_t, C}, scores, C);
-      causal_products<P>(c, v, grad, ldv, {values_t, C}, grad_scores, C);
+      causal_products<P>(c, f, {q, ldf}, {keys_t, C}, scores, C);
+      causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
       for (index i = 0; i < c; i++)
         for (index j = 0; j <= i; j++) grad_scores[i * C + j] += grad_sum[i];
       multiply(c, ldv, c, transposed(scores, C), grad, ldv, grad_values, ldv, true);

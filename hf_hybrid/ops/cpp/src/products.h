@@ -6,7 +6,6 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HF_HYBRID_AMX 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -73,15 +72,22 @@ static void multiply(index m, index n, index k, Matrix a, const float* b, index 
 }
 
 struct Exact {
-  static constexpr index CHUNK = W;  // tokens at a time: what little is computed above the diagonal, the fewer the better
+  static constexpr index CHUNK = 16;  // tokens at a time: fewer, and the state is read too often; more, and too much is computed above the diagonal
   struct Right {                     // a right-hand side [k, n] as `multiply` wants it
     const float* data;
     index ld;
   };
-  static constexpr index space(index, index) { return 0; }  // floats that `pack` needs
-  static Right pack(index, index, const float* b, index ldb, float*) { return {b, ldb}; }
-  static void multiply(index m, index n, index k, Matrix a, Right b, float* c, index ldc, bool add) {
-    hf_hybrid::multiply(m, n, k, a, b.data, b.ld, c, ldc, add);
+  struct Left {  // a left-hand side, rows
+    const float* data;
+    index ld;
+    Left from(index row) const { return {data + row * ld, ld}; }
+  };
+  static constexpr index right_space(index, index) { return 0; }  // floats that `right` needs
+  static constexpr index left_space(index, index) { return 0; }
+  static Right right(index, index, const float* b, index ldb, float*) { return {b, ldb}; }
+  static Left left(index, index, const float* a, index lda, float*) { return {a, lda}; }
+  static void multiply(index m, index n, index k, Left a, Right b, float* c, index ldc, bool add) {
+    hf_hybrid::multiply(m, n, k, rows(a.data, a.ld), b.data, b.ld, c, ldc, add);
   }
 };
 
@@ -93,8 +99,13 @@ struct Rounded {
     const uint16_t* data;  // tiles, row by row of tiles
     index tiles;           // per row
   };
+  struct Left {
+    const uint16_t* data;
+    index ld;  // a multiple of 32
+    Left from(index row) const { return {data + row * ld, ld}; }
+  };
 
-  static bool available() {  // the kernel has to be asked for the tile registers, once per process
+  static bool available() {  // the operating system has to be asked for the tile registers, once per process
     static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
     return granted;
   }
@@ -111,8 +122,8 @@ struct Rounded {
     ~Scope() { _tile_release(); }
   };
 
-  static constexpr index space(index k, index n) { return (k + 31) / 32 * 16 * n; }
-  static Right pack(index k, index n, const float* b, index ldb, float* space) {
+  static constexpr index right_space(index k, index n) { return (k + 31) / 32 * 16 * n; }
+  static Right right(index k, index n, const float* b, index ldb, float* space) {
     uint16_t* to = reinterpret_cast<uint16_t*>(space);
     for (index p = 0; p < k; p += 32)
       for (index j = 0; j < n; j += 16, to += 512)
@@ -127,51 +138,52 @@ struct Rounded {
     return {reinterpret_cast<const uint16_t*>(space), n / 16};
   }
 
-  static void multiply(index m, index n, index k, Matrix a, Right b, float* c, index ldc, bool add) {
-    constexpr index DEPTH = 256;
-    alignas(64) uint16_t left[16 * DEPTH];
+  static constexpr index left_space(index m, index k) { return (m + 15) / 16 * 16 * ((k + 31) / 32 * 16); }
+  static Left left(index m, index k, const float* a, index lda, float* space) {
+    const index ld = (k + 31) / 32 * 32;
+    uint16_t* to = reinterpret_cast<uint16_t*>(space);
+    for (index r = 0; r < (m + 15) / 16 * 16; r++, to += ld)
+      for (index j = 0; j < ld; j += 32) {
+        const index rest = r < m ? k - j : 0;
+        const __mmask16 low = rest >= 16 ? 0xffff : (1u << rest) - 1;
+        const __mmask16 high = rest >= 32 ? 0xffff : rest <= 16 ? 0 : (1u << (rest - 16)) - 1;
+        const __m512 first = _mm512_maskz_loadu_ps(low, a + r * lda + j), second = _mm512_maskz_loadu_ps(high, a + r * lda + j + 16);
+        _mm512_store_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+      }
+    return {reinterpret_cast<const uint16_t*>(space), ld};
+  }
+
+  static void multiply(index m, index n, index k, Left a, Right b, float* c, index ldc, bool add) {
     alignas(64) float few[16 * 64];  // results of less than 16 rows
     for (index i = 0; i < m; i += 16, c += 16 * ldc) {
       const index count = m - i < 16 ? m - i : 16;
-      for (index start = 0; start < k; start += DEPTH) {
-        const index depth = k - start < DEPTH ? k - start : DEPTH, ld = (depth + 31) / 32 * 32;
-        for (index r = 0; r < 16; r++) round_row(r < count ? a.data + (i + r) * a.row + start : nullptr, depth, left + r * ld);
-        for (index j = 0; j < n / 16; j += 4) {
-          const index tiles = n / 16 - j < 4 ? n / 16 - j : 4;
-          const bool more = add || start;
-          float* out = c + j * 16;
-          index ldo = ldc;
-          if (count < 16) {
-            if (more)
-              for (index r = 0; r < count; r++) std::memcpy(few + r * 64, out + r * ldc, tiles * 64);
-            out = few, ldo = 64;
-          }
-          const uint16_t* right = b.data + ((start / 32) * b.tiles + j) * 512;
-          switch (tiles) {
-            case 4: tiles_of<4>(ld, left, right, b.tiles, out, ldo, more); break;
-            case 3: tiles_of<3>(ld, left, right, b.tiles, out, ldo, more); break;
-            case 2: tiles_of<2>(ld, left, right, b.tiles, out, ldo, more); break;
-            default: tiles_of<1>(ld, left, right, b.tiles, out, ldo, more);
-          }
-          if (count < 16)
-            for (index r = 0; r < count; r++) std::memcpy(c + j * 16 + r * ldc, few + r * 64, tiles * 64);
+      for (index j = 0; j < b.tiles; j += 4) {
+        const index tiles = b.tiles - j < 4 ? b.tiles - j : 4;
+        float* out = c + j * 16;
+        index ldo = ldc;
+        if (j * 16 >= n) break;
+        if (count < 16) {
+          if (add)
+            for (index r = 0; r < count; r++) std::memcpy(few + r * 64, out + r * ldc, tiles * 64);
+          out = few, ldo = 64;
         }
+        const uint16_t* left = a.data + i * a.ld;
+        const uint16_t* right = b.data + j * 512;
+        switch (tiles) {
+          case 4: tiles_of<4>(k, left, a.ld, right, b.tiles, out, ldo, add); break;
+          case 3: tiles_of<3>(k, left, a.ld, right, b.tiles, out, ldo, add); break;
+          case 2: tiles_of<2>(k, left, a.ld, right, b.tiles, out, ldo, add); break;
+          default: tiles_of<1>(k, left, a.ld, right, b.tiles, out, ldo, add);
+        }
+        if (count < 16)
+          for (index r = 0; r < count; r++) std::memcpy(c + j * 16 + r * ldc, few + r * 64, tiles * 64);
       }
     }
   }
 
  private:
-  static inline void round_row(const float* from, index n, uint16_t* to) {
-    for (index j = 0; j < n; j += 32) {
-      const index left = n - j;
-      const __mmask16 low = !from ? 0 : left >= 16 ? 0xffff : (1u << left) - 1;
-      const __mmask16 high = !from || left <= 16 ? 0 : left >= 32 ? 0xffff : (1u << (left - 16)) - 1;
-      const __m512 first = _mm512_maskz_loadu_ps(low, from + j), second = _mm512_maskz_loadu_ps(high, from + j + 16);
-      _mm512_store_si512(to + j, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-    }
-  }
   template <int N>
-  static inline void tiles_of(index depth, const uint16_t* left, const uint16_t* right, index right_tiles, float* c, index ldc, bool add) {
+  static inline void tiles_of(index k, const uint16_t* left, index ld, const uint16_t* right, index right_tiles, float* c, index ldc, bool add) {
     // tile numbers are part of the instruction: 0 to 3 hold sums, 4 the left-hand side, 5 the right
     if (add) {
       _tile_loadd(0, c, ldc * 4);
@@ -184,8 +196,8 @@ struct Rounded {
       if constexpr (N > 2) _tile_zero(2);
       if constexpr (N > 3) _tile_zero(3);
     }
-    for (index p = 0; p < depth; p += 32, right += right_tiles * 512) {
-      _tile_loadd(4, left + p, depth * 2);
+    for (index p = 0; p < k; p += 32, right += right_tiles * 512) {
+      _tile_loadd(4, left + p, ld * 2);
       _tile_loadd(5, right, 64);
       _tile_dpbf16ps(0, 4, 5);
       if constexpr (N > 1) {
@@ -211,26 +223,26 @@ struct Rounded {
 
 // ---- products with a triangle
 
-// out [c, C] = q [c, f] . keys_t [f, C] for column <= row, else 0. A few rows at a time, so that little is computed that the mask throws away.
+// out [c, C] = q [c, f] . keys_t [f, C] for column <= row, else 0. A chunk of rows at a time, so that little is computed that the mask throws away.
 template <class P>
-static void causal_products(index c, index f, const float* q, index ldq, typename P::Right keys_t, float* out, index ldo) {
+static void causal_products(index c, index f, typename P::Left q, typename P::Right keys_t, float* out, index ldo) {
   constexpr index R = P::CHUNK;
   for (index r = 0; r < c; r += R) {
     const index n = c - r < R ? c - r : R, columns = r + R;
-    P::multiply(n, columns, f, rows(q + r * ldq, ldq), keys_t, out + r * ldo, ldo, false);
+    P::multiply(n, columns, f, q.from(r), keys_t, out + r * ldo, ldo, false);
     for (index i = r; i < r + n; i++)
       for (index j = i / W * W; j < columns; j += W)
         store(out + i * ldo + j, j > i ? vec{} : first_lanes(i + 1 - j) ? load(out + i * ldo + j) : vec{});
   }
 }
 
-// out [c, n] (=|+=) lower [c, C] . b [C, n], of a lower triangular left-hand side
+// out [c, n] (=|+=) lower [c, C] . b [C, n], of a lower triangular left-hand side; `space` for P::left
 template <class P>
-static void lower_multiply(index c, index n, const float* lower, index ldl, typename P::Right b, float* out, index ldo, bool add) {
+static void lower_multiply(index c, index n, const float* lower, index ldl, typename P::Right b, float* out, index ldo, bool add, float* space) {
   constexpr index R = P::CHUNK;
   for (index r = 0; r < c; r += R) {
     const index m = c - r < R ? c - r : R;
-    P::multiply(m, n, r + m, rows(lower + r * ldl, ldl), b, out + r * ldo, ldo, add);
+    P::multiply(m, n, r + m, P::left(m, r + m, lower + r * ldl, ldl, space), b, out + r * ldo, ldo, add);
   }
 }
 

@@ -9,6 +9,10 @@
 #include <new>
 #include <utility>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace hf_hybrid {
 
 #if defined(__AVX512F__)
@@ -49,23 +53,46 @@ static inline vec swap_halves(vec x, int half, std::integer_sequence<int, I...>)
     default: return __builtin_shufflevector(x, x, (I ^ 1)...);
   }
 }
+template <int... I>
+static inline vec take_turns(vec x, vec y, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, y, (I % 2 ? W + I : I)...);
+}
 static inline float sum(vec x) {
   for (int half = W / 2; half; half /= 2) x += swap_halves(x, half, std::make_integer_sequence<int, W>());
   return x[0];
+}
+// sums of both, in the first two lanes: half the work of one after the other
+static inline vec sums_of(vec x, vec y) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>();
+  x += swap_halves(x, 1, lanes), y += swap_halves(y, 1, lanes);
+  vec both = take_turns(x, y, lanes);
+  for (int half = W / 2; half > 1; half /= 2) both += swap_halves(both, half, lanes);
+  return both;
+}
+static inline vec largest_of(vec x, vec y) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>();
+  x = max(x, swap_halves(x, 1, lanes)), y = max(y, swap_halves(y, 1, lanes));
+  vec both = take_turns(x, y, lanes);
+  for (int half = W / 2; half > 1; half /= 2) both = max(both, swap_halves(both, half, lanes));
+  return both;
 }
 static inline float largest(vec x) {
   for (int half = W / 2; half; half /= 2) x = max(x, swap_halves(x, half, std::make_integer_sequence<int, W>()));
   return x[0];
 }
 
-// e^x to about one unit in the last place; 0 below the smallest normal number, and no larger than e^88.
+// e^x to about one unit in the last place; 0 below the smallest normal number, NaN for NaN. Not for x above 88.
 static inline vec exp(vec x) {
-  const vec lowest = splat(-87.3f), highest = splat(88.0f), magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to an integer
-  vec clamped = min(max(x, lowest), highest);
-  vec n = clamped * 1.44269504f + magic;
-  ivec exponent = (ivec)n << 23;
+  const vec lowest = splat(-87.3f);
+#if defined(__AVX512F__)
+  const vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+#else
+  const vec magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+  vec n = max(lowest, x) * 1.44269504f + magic;  // of two arguments the second is kept where one is NaN
+  const ivec exponent = (ivec)n << 23;
   n -= magic;
-  vec r = clamped - n * 0.693359375f;
+#endif
+  vec r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vec p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -74,9 +101,11 @@ static inline vec exp(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  ivec scaled = (ivec)p + exponent;
-  vec result = x < lowest ? vec{} : (vec)scaled;
-  return x == x ? result : x;
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#else
+  return x < lowest ? vec{} : (vec)((ivec)p + exponent);
+#endif
 }
 static inline float exp(float x) { return exp(splat(x))[0]; }
 
@@ -161,16 +190,21 @@ static inline float to_float(bfloat16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-static inline vec load(const bfloat16* p) {
-  uvec bits = __builtin_convertvector(*reinterpret_cast<const half_width*>(p), uvec) << 16;
-  return (vec)bits;
-}
 static inline uvec rounded_bits(vec x) {  // to nearest, ties to even; NaN stays NaN
-  uvec bits = (uvec)x;
-  uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return x == x ? rounded : (bits >> 16) | 0x40;
 }
+#if defined(__AVX512BF16__)  // converts in one instruction
+static inline vec load(const bfloat16* p) {
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+}
+static inline void store(bfloat16* p, vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)x)); }
+#else
+static inline vec load(const bfloat16* p) {
+  return (vec)(__builtin_convertvector(*reinterpret_cast<const half_width*>(p), uvec) << 16);
+}
 static inline void store(bfloat16* p, vec x) { *reinterpret_cast<half_width*>(p) = __builtin_convertvector(rounded_bits(x), half_width); }
+#endif
 static inline void from_float(float x, float& y) { y = x; }
 static inline void from_float(float x, bfloat16& y) { y.bits = uint16_t(rounded_bits(splat(x))[0]); }
 
@@ -191,10 +225,10 @@ static inline void load_row(const T* from, index size, float* to, index ld) {
   for (; j < ld; j++) to[j] = 0.0f;
 }
 template <typename T>
-static inline void store_row(const float* from, index size, T* to) {
+static inline void store_row(const float* from, float factor, index size, T* to) {
   index j = 0;
-  for (; j + W <= size; j += W) store(to + j, load(from + j));
-  for (; j < size; j++) from_float(from[j], to[j]);
+  for (; j + W <= size; j += W) store(to + j, load(from + j) * factor);
+  for (; j < size; j++) from_float(from[j] * factor, to[j]);
 }
 // `tokens` rows; rows from there to `all` are zeros
 template <typename T>
@@ -204,7 +238,7 @@ static void load_tokens(const View& x, index b, index t, index h, index tokens, 
 }
 template <typename T>
 static void store_tokens(const View& x, index b, index t, index h, index tokens, index size, const float* from, index ld) {
-  for (index i = 0; i < tokens; i++) store_row(from + i * ld, size, x.at<T>(b, t + i, h));
+  for (index i = 0; i < tokens; i++) store_row(from + i * ld, 1.0f, size, x.at<T>(b, t + i, h));
 }
 
 // a weight below this is none; see `naive.TINY`

@@ -36,7 +36,7 @@ static void step_features(const LinearStep& a, const void* x, index at, const vo
   if (f.kind == NONE) return load_row(static_cast<const T*>(x) + at, f.in, out, padded(f.in));
   load_row(static_cast<const T*>(x) + at, f.in, row, padded(f.in));
   if (f.has_weight()) f.weight = {head_weight(weights, a.weight_dtype, head, f.in, f.projected, weight), f.ld_projected()};
-  features(f, 1, row, scratch, out);
+  features(f, 1, row, scratch, nullptr, out);
 }
 
 template <typename T>
@@ -65,8 +65,8 @@ static void linear_step(const LinearStep& a, const void* query, const void* key,
     for (index g = 0; g < groups; g++) {
       float* out = sums + g * ldo;
       const index at = (b * a.heads + kv_head * groups + g) * (a.normalize ? v : columns);
-      if (a.normalize) scale_row(out, padded(v), out[v] <= TINY ? 0.0f : 1.0f / out[v]);
-      store_row(out, a.normalize ? v : columns, static_cast<T*>(output) + at);
+      const float factor = !a.normalize ? 1.0f : out[v] <= TINY ? 0.0f : 1.0f / out[v];
+      store_row(out, factor, a.normalize ? v : columns, static_cast<T*>(output) + at);
     }
   }
 }
@@ -113,10 +113,8 @@ static void gated_step(const GatedStep& a, const void* query, const void* key, c
     float* to = new_state + i * k * v;
     for (index j = 0; j < k; j++)
       update_row(s + j * v, to + j * v, v, decays[j], keys[j], written, groups, queries + j, ldk, sums, ldv);
-    for (index g = 0; g < groups; g++) {
-      scale_row(sums + g * ldv, ldv, a.scale);
-      store_row(sums + g * ldv, v, static_cast<T*>(output) + (b * a.heads + state_head * groups + g) * v);
-    }
+    for (index g = 0; g < groups; g++)
+      store_row(sums + g * ldv, a.scale, v, static_cast<T*>(output) + (b * a.heads + state_head * groups + g) * v);
   }
 }
 

@@ -92,17 +92,18 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   const index ldx = padded(k), ldp = padded(c.projected_dim), ldf = padded(f), ldv = padded(v), lds = padded(a.sinks);
   const index back = (a.window + C - 1) / C, reach = lds + (back + 1) * C;
   const auto if_linear = [&](index n) { return linear ? n : 0; };
-  const size_t block = Arena::total({ldx * C, C * ldv, C, if_linear(C * ldf + W), if_linear(ldf * C), P::space(k, C), P::space(C, ldv),
-                                     if_linear(P::space(f, C))});
+  const size_t block = Arena::total({ldx * C, C * ldv, C, if_linear(C * ldf + W), if_linear(ldf * C), P::right_space(k, C), P::right_space(C, ldv),
+                                     if_linear(P::right_space(f, C))});
+  const index left_space = std::max({P::left_space(C, k), if_linear(P::left_space(C, f)), if_linear(P::left_space(f, C)), P::left_space(C, std::max(lds, C))});
   arena.reset(Arena::total({if_linear(space_for_maps<P>(c, false)), C * ldx, C * ldp, C * ldx, C * ldf + W, lds * ldx, ldx * lds, lds * ldv, C * reach,
-                            C * C, C * ldv, if_linear(f * ldv), ldf, P::space(k, lds), P::space(lds, ldv), if_linear(P::space(f, ldv))}) +
+                            C * C, C * ldv, if_linear(f * ldv), ldf, P::right_space(k, lds), P::right_space(lds, ldv), if_linear(P::right_space(f, ldv)), left_space, left_space}) +
               (back + 1) * block);
   float *weights = arena.take(if_linear(space_for_maps<P>(c, false))), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(C * ldx), *features_q = arena.take(C * ldf + W), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds);
   float *sink_values = arena.take(lds * ldv), *share = arena.take(C * reach), *products = arena.take(C * C), *out = arena.take(C * ldv);
   float *s = arena.take(if_linear(f * ldv)), *z = arena.take(ldf);
-  float *packed_sink_keys = arena.take(P::space(k, lds)), *packed_sink_values = arena.take(P::space(lds, ldv));
-  float* packed_s = arena.take(if_linear(P::space(f, ldv)));
+  float *packed_sink_keys = arena.take(P::right_space(k, lds)), *packed_sink_values = arena.take(P::right_space(lds, ldv));
+  float *packed_s = arena.take(if_linear(P::right_space(f, ldv))), *rounded = arena.take(left_space), *rounded_q = arena.take(left_space);
 
   struct Block {
     index first;  // position of its first token
@@ -115,8 +116,8 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   for (Block& each : ring) {
     each.keys_t = arena.take(ldx * C), each.values = arena.take(C * ldv), each.seen = arena.take(C);
     each.features = arena.take(if_linear(C * ldf + W)), each.features_t = arena.take(if_linear(ldf * C));
-    each.packed_keys = arena.take(P::space(k, C)), each.packed_values = arena.take(P::space(C, ldv));
-    each.packed_features = arena.take(if_linear(P::space(f, C)));
+    each.packed_keys = arena.take(P::right_space(k, C)), each.packed_values = arena.take(P::right_space(C, ldv));
+    each.packed_features = arena.take(if_linear(P::right_space(f, C)));
   }
 
   const Sorted sorted(a, b);
@@ -137,19 +138,19 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       if (seen) load_position(p, p < 0 ? sorted.ring_slot(p) : 0, x + i * ldx, to.values + i * ldv);
     }
     transpose(C, ldx, x, ldx, to.keys_t, C);
-    to.right_keys = P::pack(k, C, to.keys_t, C, to.packed_keys);
-    to.right_values = P::pack(C, ldv, to.values, ldv, to.packed_values);
+    to.right_keys = P::right(k, C, to.keys_t, C, to.packed_keys);
+    to.right_values = P::right(C, ldv, to.values, ldv, to.packed_values);
   };
   const auto [map_k, maps_q] = linear ? maps_of<P>(c, kv_head, weights, false) : std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>>();
   const auto map_block = [&](Block& to) {
     if (to.mapped) return;
     float* keys = map_k.kind == NONE ? to.features : x;
     transpose(ldx, C, to.keys_t, C, keys, ldx);
-    if (map_k.kind != NONE) features(map_k, C, keys, scratch, to.features);
+    if (map_k.kind != NONE) features(map_k, C, keys, scratch, rounded, to.features);
     for (index i = 0; i < C; i++)
       if (to.seen[i] == 0.0f) zero(to.features + i * ldf, ldf);
     transpose(C, ldf, to.features, ldf, to.features_t, C);
-    to.right_features = P::pack(f, C, to.features_t, C, to.packed_features);
+    to.right_features = P::right(f, C, to.features_t, C, to.packed_features);
     to.mapped = true;
   };
   bool empty = true;
@@ -160,7 +161,7 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   }
   const auto absorb = [&](Block& from, index tokens) {
     map_block(from);
-    P::multiply(f, ldv, tokens, rows(from.features_t, C), from.right_values, s, ldv, true);
+    P::multiply(f, ldv, tokens, P::left(f, tokens, from.features_t, C, rounded), from.right_values, s, ldv, true);
     add_column_sums(tokens, ldf, from.features, ldf, z);
     empty = false;
   };
@@ -170,8 +171,8 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   for (index slot = 0; slot < sorted.found; slot++)
     load_position(sorted.sink_position[slot], slot, sink_keys + slot * ldx, sink_values + slot * ldv);
   transpose(lds, ldx, sink_keys, ldx, sink_keys_t, lds);
-  const auto right_sink_keys = P::pack(k, lds, sink_keys_t, lds, packed_sink_keys);
-  const auto right_sink_values = P::pack(lds, ldv, sink_values, ldv, packed_sink_values);
+  const auto right_sink_keys = P::right(k, lds, sink_keys_t, lds, packed_sink_keys);
+  const auto right_sink_values = P::right(lds, ldv, sink_values, ldv, packed_sink_values);
   for (index n = 0; n < back; n++) fill(ring[n], (n - back) * C);
 
   ivec lane;
@@ -186,12 +187,13 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
     index leaving = 0;
     while (linear && leaving <= back && nth(leaving).first - t <= count - 1 - a.window) map_block(nth(leaving++));
     typename P::Right right_s{};
-    if (linear && !empty) right_s = P::pack(f, ldv, s, ldv, packed_s);
+    if (linear && !empty) right_s = P::right(f, ldv, s, ldv, packed_s);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
       load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
-      if (a.sinks) P::multiply(count, lds, k, rows(q, ldx), right_sink_keys, share, reach, false);
-      for (index n = 0; n <= back; n++) P::multiply(count, C, k, rows(q, ldx), nth(n).right_keys, share + lds + n * C, reach, false);
+      const auto left_q = P::left(count, k, q, ldx, rounded_q);
+      if (a.sinks) P::multiply(count, lds, k, left_q, right_sink_keys, share, reach, false);
+      for (index n = 0; n <= back; n++) P::multiply(count, C, k, left_q, nth(n).right_keys, share + lds + n * C, reach, false);
       for (index i = 0; i < count; i++) {
         float* row = share + i * reach;
         vec top = splat(NOTHING);
@@ -220,16 +222,17 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
         if (peak <= NOTHING) peak = 0.0f;  // nothing but what is older
         for (index j = 0; j < reach; j += W) store(row + j, exp(load(row + j) - peak));
       }
-      const float* qf = features_q;
+      typename P::Left left_features{};
       if (linear) {
         if (maps_q[g].kind == NONE)
           std::memcpy(features_q, q, count * ldf * sizeof(float));
         else
-          features(maps_q[g], count, q, scratch, features_q);
+          features(maps_q[g], count, q, scratch, rounded, features_q);
         scale_row(features_q, count * ldf, std::exp(a.log_weight[head]));
+        left_features = P::left(count, f, features_q, ldf, rounded_q);
         for (index n = 0; n < leaving; n++) {
           const Block& from = nth(n);
-          P::multiply(count, C, f, rows(qf, ldf), from.right_features, products, C, false);
+          P::multiply(count, C, f, left_features, from.right_features, products, C, false);
           for (index i = 0; i < count; i++)
             for (index j = 0; j < C; j += W) {
               float* here = share + i * reach + lds + n * C + j;
@@ -238,15 +241,16 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
         }
       }
       const bool older = linear && !empty;
-      if (older) P::multiply(count, ldv, f, rows(qf, ldf), right_s, out, ldv, false);
-      if (a.sinks) P::multiply(count, ldv, a.sinks, rows(share, reach), right_sink_values, out, ldv, older);
+      if (older) P::multiply(count, ldv, f, left_features, right_s, out, ldv, false);
+      if (a.sinks) P::multiply(count, ldv, a.sinks, P::left(count, a.sinks, share, reach, rounded), right_sink_values, out, ldv, older);
       for (index n = 0; n <= back; n++)
-        P::multiply(count, ldv, C, rows(share + lds + n * C, reach), nth(n).right_values, out, ldv, older || a.sinks || n);
+        P::multiply(count, ldv, C, P::left(count, C, share + lds + n * C, reach, rounded), nth(n).right_values, out, ldv, older || a.sinks || n);
       for (index i = 0; i < count; i++) {
-        const float total = row_sum(share + i * reach, reach) + (older ? dot(qf + i * ldf, z, ldf) : 0.0f);
-        scale_row(out + i * ldv, ldv, total <= TINY ? 0.0f : 1.0f / total);
+        vec sums = older ? products_of(features_q + i * ldf, z, ldf) : vec{};
+        for (index j = 0; j < reach; j += W) sums += load(share + i * reach + j);
+        const float total = sum(sums);
+        store_row(out + i * ldv, total <= TINY ? 0.0f : 1.0f / total, v, c.output.at<T>(b, t + i, head));
       }
-      store_tokens<T>(c.output, b, t, head, count, v, out, ldv);
     }
     if (!linear) continue;
     if (t + C < c.tokens)
@@ -331,8 +335,7 @@ static void window_step(const WindowArguments& a, Arena& arena) {
       }
       for (index g = 0; g < groups; g++) {
         float* out = sums + g * ldo;
-        scale_row(out, padded(v), out[v] <= TINY ? 0.0f : 1.0f / out[v]);
-        store_row(out, v, c.output.at<T>(b, 0, kv_head * groups + g));
+        store_row(out, out[v] <= TINY ? 0.0f : 1.0f / out[v], v, c.output.at<T>(b, 0, kv_head * groups + g));
       }
     }
     counts[2] = visible[ring] ? std::min<int64_t>(counts[2] + 1, a.window) : 0;
