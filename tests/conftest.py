@@ -26,6 +26,23 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def ops_backend(monkeypatch):
+    """`ops_backend(name)` makes the ops run in `name` for the rest of the test, as `HF_HYBRID_OPS` does."""
+    from hf_hybrid.ops import dispatch
+    from hf_hybrid.ops.cpp.build import kernels
+
+    def choose(name):
+        if name == "cpp" and kernels() is None:
+            pytest.skip("the compiled kernels need a C++ compiler, and this machine has none")
+        monkeypatch.setenv("HF_HYBRID_OPS", name)
+        dispatch.requested_backend.cache_clear()
+
+    yield choose
+    monkeypatch.undo()
+    dispatch.requested_backend.cache_clear()
+
+
 def token_dataset(rows: int, length: int = 24, seed: int = 1) -> Dataset:
     """Random token ids with a little structure (each token repeats half of the time), as `input_ids` and `labels`."""
     generator = torch.Generator().manual_seed(seed)

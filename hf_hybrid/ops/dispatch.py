@@ -1,7 +1,8 @@
 """Picks the implementation of each op. The only module that knows flash-linear-attention (fla).
 
-Same signatures as `naive`. The choice is made once per process, from `HF_HYBRID_OPS` (`torch` or `fla`; unset: fla when it is
-installed and the tensors are on CUDA), and can be overridden per call with `backend=`.
+Same signatures as `naive`. The choice is made once per process: `HF_HYBRID_OPS` (`torch`, `cpp` or `fla`) if set, else fla on CUDA and the kernels
+of `cpp` on a CPU, where they can be had. It can be overridden per call with `backend=`. What the kernels of `cpp` do not do (other dtypes, gradients of some
+ops, maps of a user's own, tracing) runs in torch whatever the choice.
 """
 
 import functools
@@ -36,7 +37,9 @@ def linear_attention(query, key, value, *, inplace_final_state=False, backend=No
 def bidirectional_linear_attention(query, key, value, *, backend=None, **kwargs):
     """[`naive.naive_bidirectional_linear_attention`]: two products, for which torch needs no kernel of fla."""
     maps = (kwargs.get("feature_map_q"), kwargs.get("feature_map_k"))
-    if choose_backend(backend, query) == "cpp" and cpp.can_run(query, key, value, kwargs.get("valid"), feature_maps=maps):
+    if choose_backend(backend, query) == "cpp" and cpp.can_run(
+        query, key, value, kwargs.get("valid"), feature_maps=maps
+    ):
         weights = [w for f in maps if f is not None for w in f.weights()]
         if not _needs_grad(query, key, value, *weights):
             return cpp.bidirectional_linear_attention(query, key, value, **kwargs)
@@ -131,31 +134,38 @@ def _can_step(state, num_sinks, window_size, query) -> bool:
 
 def choose_backend(backend: str | None, x: torch.Tensor) -> str:
     """`backend` if given (checked), else the environment's choice, else what fits `x`."""
-    if backend is not None and backend not in BACKENDS:
-        raise HybridConfigError(
-            f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{closest(str(backend), BACKENDS)}"
-        )
-    backend = (
-        backend
-        or requested_backend()
-        or ("cpp" if x.is_cpu else "fla" if x.is_cuda and fla_is_available() else "torch")
-    )
-    return "torch" if backend == "cpp" and kernels() is None else backend
+    if backend is not None:
+        return _checked(backend, "backend")
+    return requested_backend() or default_backend(x.device.type)
 
 
 @functools.cache
 def requested_backend() -> str | None:
     """The backend named by `HF_HYBRID_OPS`, checked; `None` when the variable is unset."""
     name = os.environ.get("HF_HYBRID_OPS")
-    if not name:
-        return None
+    return _checked(name, "The environment variable HF_HYBRID_OPS") if name else None
+
+
+@functools.cache
+def default_backend(device_type: str) -> str:
+    """fla on CUDA, the compiled kernels on a CPU, each where it can be had; else torch."""
+    if device_type == "cuda" and fla_is_available():
+        return "fla"
+    return "cpp" if device_type == "cpu" and kernels() is not None else "torch"
+
+
+def _checked(name: str, where: str) -> str:
     if name not in BACKENDS:
         raise HybridConfigError(
-            f"The environment variable HF_HYBRID_OPS must be one of {', '.join(BACKENDS)}; got {name!r}.{closest(name, BACKENDS)}"
+            f"{where} must be one of {', '.join(BACKENDS)}; got {name!r}.{closest(str(name), BACKENDS)}"
         )
     if name == "fla" and not fla_is_available():
         raise MissingDependencyError(
-            "HF_HYBRID_OPS=fla needs flash-linear-attention, which is not installed. Run `pip install hf_hybrid[cuda]`."
+            f"{where}={name} needs flash-linear-attention, which is not installed. Run `pip install hf_hybrid[cuda]`."
+        )
+    if name == "cpp" and kernels() is None:
+        raise MissingDependencyError(
+            f"{where}={name} needs a C++ compiler that works (c++, g++ or clang++ on the path, or named by CXX). Install one, e.g. `apt install g++`."
         )
     return name
 

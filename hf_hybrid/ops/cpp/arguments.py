@@ -22,6 +22,10 @@ def address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+# tokens per block of the backward pass, as in linear.h
+BLOCK = 128
+
+
 class LinearArguments(ctypes.Structure):
     _fields_ = [
         *((name, int64) for name in (
@@ -30,7 +34,7 @@ class LinearArguments(ctypes.Structure):
         )),
         ("scale", ctypes.c_float),
         *((name, View) for name in ("query", "key", "value", "output")),
-        *((name, pointer) for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "denominators")),
+        *((name, pointer) for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "denominators", "block_states")),
         *((name, View) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, pointer) for name in ("grad_final_state", "grad_initial_state", "grad_weight_q", "grad_weight_k")),
     ]  # fmt: skip

@@ -4,6 +4,7 @@ No compiler, no kernels: the ops then run in plain torch. The library file lies 
 (sources, flags, compiler, processor), so a file that is there is the right one.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,8 +24,9 @@ from .arguments import SIGNATURES
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-# -march=native: made here, for this processor. No -ffast-math: NaN and infinity mean something.
-FLAGS = ("-std=c++17", "-g", "-O3", "-march=native", "-fPIC", "-Wno-psabi")
+# For this very processor. No -ffast-math: NaN and infinity mean something.
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+FLAGS = ("-std=c++17", "-O3", NATIVE, "-fPIC", "-w")
 
 
 @functools.cache
@@ -58,24 +60,24 @@ def find_compiler() -> str | None:
 
 def _built(compiler: str, openmp: tuple[str, ...]) -> Path:
     """Path of the compiled library; compiles it if it is not there."""
-    sources = sorted(SOURCES.iterdir())
+    flags = [*FLAGS, *os.environ.get("CXXFLAGS", "").split(), *openmp]
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    parts = [compiler, version, _processor(), *FLAGS, *openmp, *(source.read_text() for source in sources)]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    sources = (source.read_text() for source in sorted(SOURCES.iterdir()))
+    key = hashlib.sha256("\0".join([compiler, version, _processor(), *flags, *sources]).encode()).hexdigest()[:16]
     folder = cache_folder() / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a read-only home
-        folder = Path(tempfile.mkdtemp(prefix="hf_hybrid-"))
     target = folder / f"kernels-{key}.so"
     if target.exists():
         return target
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):  # a read-only home
+        folder = Path(tempfile.mkdtemp(prefix="hf_hybrid-"))
+        target = folder / target.name
     logger.info("Compiling the CPU kernels into %s (once per machine, a few seconds).", target)
     with tempfile.TemporaryDirectory(dir=folder) as work:
         built, library = Path(work) / "kernels.o", Path(work) / "kernels.so"
-        source = str(SOURCES / "kernels.cpp")
         for command in (
-            [compiler, *FLAGS, *openmp, "-c", source, "-o", str(built)],
+            [compiler, *flags, "-c", str(SOURCES / "kernels.cpp"), "-o", str(built)],
             [compiler, "-shared", str(built), "-o", str(library)],
         ):
             subprocess.run(command, check=True, capture_output=True, text=True)

@@ -33,7 +33,7 @@ def can_run(query, key, value, *others, feature_maps=(None, None)) -> bool:
     if map_q is None and map_k is None:
         return True
     # what a subclass computes is its own business
-    if type(map_q) is not type(map_k) or type(map_k).__dict__.get("compiled") not in MAPS:
+    if type(map_q) is not type(map_k) or not type(map_k).__dict__.get("compiled"):
         return False
     return all(type(w) in PLAIN and w.is_cpu and w.dtype in DTYPES for f in feature_maps for w in f.weights())
 
@@ -55,7 +55,7 @@ def linear_attention(
         return output, (state if output_final_state else None)
     if query.shape[1] == 1:
         return _linear_step(feature_map_k, valid, normalize, *tensors, output_final_state, inplace_final_state)
-    output, state, _ = _linear_forward(
+    output, state, *_ = _linear_forward(
         feature_map_k, valid, normalize, *tensors, output_final_state=output_final_state
     )
     return output, state
@@ -73,7 +73,7 @@ def _linear_arguments(feature_map, valid, normalize, query, key, value, state, w
     keep = [query, key, value, output, _whole(valid), _whole(state), _whole(weight_q), _whole(weight_k)]
     feature_dim, projected, kind = key_dim, key_dim, 0
     if feature_map is not None:
-        kind, feature_dim = MAPS[type(feature_map).__dict__["compiled"]], feature_map.output_dim
+        kind, feature_dim = MAPS[feature_map.compiled], feature_map.output_dim
         projected = key_dim if weight_k is None else weight_k.shape[-1]
     structure = structures.LinearArguments(
         batch=batch, tokens=tokens, heads=heads, kv_heads=key.shape[2], key_dim=key_dim, value_dim=value.shape[3], feature_dim=feature_dim,
@@ -92,7 +92,7 @@ def _whole(x):
 def _linear_forward(
     feature_map, valid, normalize, query, key, value, state, weight_q, weight_k, output_final_state, keep=False
 ):
-    """`(output, final state, denominators)`."""
+    """`(output, final state, denominators, states before the blocks)`; the last two for the backward pass, with `keep`."""
     batch, tokens, heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
     feature_dim = key_dim if feature_map is None else feature_map.output_dim
@@ -104,13 +104,21 @@ def _linear_forward(
         else None
     )
     denominators = query.new_empty(batch, tokens, heads, dtype=torch.float32) if keep and normalize else None
+    num_blocks = -(-tokens // structures.BLOCK)
+    block_states = (
+        query.new_empty(batch, num_kv_heads, num_blocks, feature_dim, value_dim + 1, dtype=torch.float32)
+        if keep
+        else None
+    )
     structure, alive = _linear_arguments(
         feature_map, valid, normalize, query, key, value, state, weight_q, weight_k, output
     )
-    structure.final_state, structure.denominators = address(final), address(denominators)
+    structure.final_state, structure.denominators, structure.block_states = map(
+        address, (final, denominators, block_states)
+    )
     kernels().hf_hybrid_linear_forward(ctypes.byref(structure))
     del alive
-    return output, final, denominators
+    return output, final, denominators, block_states
 
 
 class _LinearAttention(torch.autograd.Function):
@@ -119,7 +127,7 @@ class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, feature_map, valid, normalize, query, key, value, state, weight_q, weight_k):
         ctx.set_materialize_grads(False)
-        output, final, denominators = _linear_forward(
+        output, final, denominators, block_states = _linear_forward(
             feature_map,
             valid,
             normalize,
@@ -133,13 +141,13 @@ class _LinearAttention(torch.autograd.Function):
             keep=True,
         )
         ctx.feature_map, ctx.normalize = feature_map, normalize
-        ctx.save_for_backward(query, key, value, state, weight_q, weight_k, valid, output, denominators)
+        ctx.save_for_backward(query, key, value, state, weight_q, weight_k, valid, output, denominators, block_states)
         return output, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_state):
-        query, key, value, state, weight_q, weight_k, valid, output, denominators = ctx.saved_tensors
+        query, key, value, state, weight_q, weight_k, valid, output, denominators, block_states = ctx.saved_tensors
         grad_output = torch.zeros_like(output) if grad_output is None else _dense(grad_output)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         grad_first = (
@@ -157,7 +165,11 @@ class _LinearAttention(torch.autograd.Function):
             ctx.feature_map, valid, ctx.normalize, query, key, value, wide_state, weight_q, weight_k, output
         )
         grad_state = None if grad_state is None else grad_state.contiguous()
-        structure.denominators, structure.grad_output = address(denominators), view(grad_output)
+        structure.denominators, structure.block_states, structure.grad_output = (
+            address(denominators),
+            address(block_states),
+            view(grad_output),
+        )
         structure.grad_query, structure.grad_key, structure.grad_value = map(view, grads)
         structure.grad_final_state, structure.grad_initial_state = address(grad_state), address(grad_first)
         structure.grad_weight_q, structure.grad_weight_k = map(address, grad_weights)
@@ -174,9 +186,13 @@ class _LinearAttention(torch.autograd.Function):
 
 def bidirectional_linear_attention(query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None):
     """[`naive.naive_bidirectional_linear_attention`]. No gradients."""
-    weight_q, weight_k = (None if f is None or not (w := f.weights()) else w[0] for f in (feature_map_q, feature_map_k))
+    weight_q, weight_k = (
+        None if f is None or not (w := f.weights()) else w[0] for f in (feature_map_q, feature_map_k)
+    )
     output = query.new_empty(*query.shape[:3], value.shape[3])
-    structure, alive = _linear_arguments(feature_map_k, valid, True, query, key, value, None, weight_q, weight_k, output)
+    structure, alive = _linear_arguments(
+        feature_map_k, valid, True, query, key, value, None, weight_q, weight_k, output
+    )
     kernels().hf_hybrid_bidirectional_forward(ctypes.byref(structure))
     del alive
     return output
@@ -210,7 +226,7 @@ def _linear_step(
     num_kv_heads, value_dim = value.shape[2:]
     kind, feature_dim = 0, key_dim
     if feature_map is not None:
-        kind, feature_dim = MAPS[type(feature_map).__dict__["compiled"]], feature_map.output_dim
+        kind, feature_dim = MAPS[feature_map.compiled], feature_map.output_dim
     has_weight = weight_k is not None
     structure = _linear_step_structure(
         batch, heads, num_kv_heads, key_dim, value_dim, feature_dim, weight_k.shape[-1] if has_weight else key_dim, kind, DTYPES[query.dtype],

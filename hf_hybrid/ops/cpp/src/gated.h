@@ -1,8 +1,8 @@
 // Gated linear attention and the gated delta rule, with one log-decay per head or one per key channel, a chunk at a time.
 //
-// Axes as in linear.h; one task is one sequence and one state with the query heads that read it. Decays appear only as differences of
-// cumulative sums. Per channel they cannot stand between two factors of a product, so both sides are brought to a token in the middle of
-// the chunk: e^(b_i - b_j) = e^(b_i - r) e^(r - b_j). Chunks are so short that neither overflows.
+// Axes as in linear.h; one task is one sequence and one state with the query heads that read it. With b the cumulative log-decay, token j reaches
+// token i times e^(b_i - b_j), never above 1. Per channel that cannot stand between the factors of a product, so both sides are brought to a token
+// in the middle of the chunk: e^(b_i - r) e^(r - b_j). Chunks are so short that neither overflows.
 #pragma once
 
 #include "linear.h"
@@ -18,8 +18,8 @@ struct GatedArguments {  // mirrored in arguments.py
   float* final_state;          // the same or null
 };
 
-// Smaller log-decays forget all that a float can hold, and would only cost digits of the cumulative sum.
-constexpr float STRONGEST_HEAD_DECAY = -20.0f, STRONGEST_CHANNEL_DECAY = -16.0f;
+// Smaller log-decays of a channel forget all that a float can hold, and would overflow the other side.
+constexpr float STRONGEST_CHANNEL_DECAY = -16.0f;
 // The largest exponent of a rescaled query or key, far from the end of fp32 (88) for huge inputs.
 constexpr float LARGEST_EXPONENT = 64.0f;
 
@@ -53,18 +53,18 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   const bool channels = a.per_channel, delta = a.beta.data;
   const index kv_head = state_head / (a.state_heads / a.kv_heads), groups = a.heads / a.state_heads;
   const index k = a.key_dim, v = a.value_dim, ldk = padded(k), ldv = padded(v);
-  const float floor = std::max(a.min_decay, channels ? STRONGEST_CHANNEL_DECAY : STRONGEST_HEAD_DECAY);
+  const float floor = std::max(a.min_decay, STRONGEST_CHANNEL_DECAY);
   constexpr index C = P::CHUNK;
   index step = C;  // tokens of a chunk in use
   while (channels && -floor * step / 2 > LARGEST_EXPONENT) step /= 2;
   const index wide = channels ? C * ldk : C * C;  // decays: per token and channel, or per pair of tokens
   const index left_space = std::max(P::left_space(C, k), P::left_space(k, C));
-  arena.reset(Arena::total({C * ldk, C * ldk, ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, wide, wide, ldk, C, C, C, k * ldv,
+  arena.reset(Arena::total({C * ldk, C * ldk, ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, wide, wide, ldk, C, C, k * ldv,
                             P::right_space(k, C), P::right_space(C, ldv), P::right_space(k, ldv), left_space}));
   float *keys = arena.take(C * ldk), *near_keys = arena.take(C * ldk), *keys_t = arena.take(ldk * C), *q = arena.take(C * ldk);
   float *written = arena.take(C * ldv), *out = arena.take(C * ldv), *scores = arena.take(C * C), *lower = arena.take(C * C);
   float *near = arena.take(wide), *far = arena.take(wide), *reference = arena.take(ldk);
-  float *cumulative = arena.take(C), *from_start = arena.take(C), *to_end = arena.take(C), *s = arena.take(k * ldv);
+  float *from_start = arena.take(C), *to_end = arena.take(C), *s = arena.take(k * ldv);
   float *packed_keys = arena.take(P::right_space(k, C)), *packed_written = arena.take(P::right_space(C, ldv));
   float *packed_s = arena.take(P::right_space(k, ldv)), *rounded = arena.take(left_space);
 
@@ -106,20 +106,16 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       }
       multiply_rows(c, keys, far, ldk);
     } else {
-      float total = 0.0f;
+      // e^(b_i - b_j) row by row from the one above: products of numbers below 1 keep their digits, differences of long sums would not
+      zero(to_end, C);
       for (index i = 0; i < c; i++) {
-        total += std::max(*a.decay.at<const float>(b, t + i, state_head), floor);
-        cumulative[i] = total;
-      }
-      for (index i = c; i < filled; i++) cumulative[i] = total;
-      for (index j = 0; j < filled; j += W) {
-        vec sums = load(cumulative + j);
-        store(from_start + j, exp(sums));
-        store(to_end + j, exp(total - sums));
-        for (index i = j; i < c; i++) {  // only what is at or below the diagonal is read
-          vec difference = min(cumulative[i] - sums, vec{});
-          store(near + i * C + j, exp(difference));
+        const float decay = std::exp(std::max(*a.decay.at<const float>(b, t + i, state_head), a.min_decay));
+        for (index j = 0; j < filled; j += W) {
+          store(to_end + j, load(to_end + j) * decay);
+          if (j <= i && i < j + W) to_end[i] = 1.0f;
+          store(near + i * C + j, load(to_end + j));
         }
+        from_start[i] = decay * (i ? from_start[i - 1] : 1.0f);
       }
     }
     transpose(filled, ldk, keys, ldk, keys_t, C);

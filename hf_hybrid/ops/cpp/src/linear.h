@@ -19,13 +19,16 @@ struct LinearArguments {  // mirrored in arguments.py
   const void *weight_q, *weight_k;  // [H, K, projected], [H_kv, K, projected] or null
   const float* initial_state;      // [B, H_kv, F, V + 1] or null
   float* final_state;              // the same or null
-  float* denominators;             // [B, T, H] or null
-  // of the backward pass
+  // of training: sums of weights [B, T, H], and the states before every block, [B, H_kv, ceil(T / BLOCK), F, V + 1]; or null
+  float *denominators, *block_states;
   View grad_output, grad_query, grad_key, grad_value;
   const float* grad_final_state;  // or null
   float* grad_initial_state;      // or null
   float *grad_weight_q, *grad_weight_k;  // [B, H, K, projected], [B, H_kv, K, projected]
 };
+
+// Tokens per block: what the backward pass keeps a state for
+constexpr index BLOCK = 128;
 
 // One head's weight [K, projected] as padded fp32: where it lies, if it is that already, else in `space`.
 static const float* head_weight(const void* weights, int64_t bfloat16_weights, index head, index k, index p, float* space) {
@@ -77,6 +80,15 @@ static void unpack_state(const float* state, index f, index v, float* s, index l
     z[i] = state[v];
   }
 }
+// state [F, V + 1] -> S^T [V, ld] and z [ld]
+static void unpack_transposed(const float* state, index f, index v, float* s_t, index ld, float* z) {
+  zero(s_t, v * ld);
+  zero(z, ld);
+  for (index i = 0; i < f; i++, state += v + 1) {
+    for (index j = 0; j < v; j++) s_t[j * ld + i] = state[j];
+    z[i] = state[v];
+  }
+}
 static void pack_state(float* state, index f, index v, const float* s, index ld, const float* z) {
   for (index i = 0; i < f; i++, state += v + 1) {
     std::memcpy(state, s + i * ld, v * sizeof(float));
@@ -102,12 +114,21 @@ static inline float row_sum(const float* a, index n) {
   for (index j = 0; j < n; j += W) total += load(a + j);
   return sum(total);
 }
+static inline void set_row(float* row, float factor, const float* x, index n) {
+  for (index j = 0; j < n; j += W) store(row + j, factor * load(x + j));
+}
+static inline void add_row(float* row, float factor, const float* x, index n) {
+  for (index j = 0; j < n; j += W) store(row + j, load(row + j) + factor * load(x + j));
+}
 static inline void scale_row(float* row, index n, float factor) {
   for (index j = 0; j < n; j += W) store(row + j, load(row + j) * factor);
 }
 static void add_column_sums(index m, index n, const float* x, index ld, float* z) {
-  for (index i = 0; i < m; i++)
-    for (index j = 0; j < n; j++) z[j] += x[i * ld + j];
+  for (index j = 0; j < n; j += W) {
+    vec total = load(z + j);
+    for (index i = 0; i < m; i++) total += load(x + i * ld + j);
+    store(z + j, total);
+  }
 }
 
 // Tokens of one chunk through their map; rows from `c` to `all` are zeros. `x` and `scratch` are used for it.
@@ -144,6 +165,10 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
     unpack_state(a.initial_state + state_at, f, v, s, ldv, z);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
+    if (a.block_states && t % BLOCK == 0) {
+      const index block = (b * a.kv_heads + kv_head) * ((a.tokens + BLOCK - 1) / BLOCK) + t / BLOCK;
+      pack_state(a.block_states + block * f * (v + 1), f, v, s, ldv, z);
+    }
     load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rounded, keys);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
     transpose(C, ldf, keys, ldf, keys_t, C);
@@ -215,142 +240,107 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   }
 }
 
-// The gradient of one chunk's outputs before the division: [c, ldv], and of the sum of weights, [c].
+// The gradient of one chunk's outputs before the division: [c, ldv], and of the sums of weights, [c].
 template <typename T>
-static void grad_of_sums(const LinearArguments& a, index b, index t, index head, index c, index all, float* grad, index ldv, float* grad_weight,
-                         float* scratch) {
+static void grad_of_sums(const LinearArguments& a, index b, index t, index head, index c, float* grad, index ldv, float* grad_sum, float* scratch) {
   const index v = a.value_dim;
-  load_tokens<T>(a.grad_output, b, t, head, c, all, v, grad, ldv);
-  zero(grad_weight, all);
+  load_tokens<T>(a.grad_output, b, t, head, c, c, v, grad, ldv);
   if (!a.normalize) {
-    for (index i = 0; i < c; i++) grad_weight[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[v]);
+    for (index i = 0; i < c; i++) grad_sum[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[v]);
     return;
   }
   load_tokens<T>(a.output, b, t, head, c, c, v, scratch, ldv);
   for (index i = 0; i < c; i++) {
-    float share = 1.0f / a.denominators[(b * a.tokens + t + i) * a.heads + head];
-    grad_weight[i] = -share * dot(grad + i * ldv, scratch + i * ldv, ldv);
-    for (index j = 0; j < ldv; j++) grad[i * ldv + j] *= share;
+    const float share = 1.0f / a.denominators[(b * a.tokens + t + i) * a.heads + head];
+    grad_sum[i] = -share * dot(grad + i * ldv, scratch + i * ldv, ldv);
+    scale_row(grad + i * ldv, ldv, share);
   }
 }
 
-static inline void add_to_rows(index c, float* x, index ld, index n, const float* column) {
-  for (index i = 0; i < c; i++)
-    for (index j = 0; j < n; j++) x[i * ld + j] += column[i];
-}
-static inline void add_outer(index c, index n, float* x, index ld, const float* column, const float* row) {
-  for (index i = 0; i < c; i++)
-    for (index j = 0; j < n; j++) x[i * ld + j] += column[i] * row[j];
-}
-
-// Two passes over the chunks: from the front, with the state, for the queries; from the back, with the state's gradient, for keys and
-// values. Features and scores are made again; nothing per chunk is kept.
+// One pass over the blocks from the back. The forward pass left the state before every block; from there the states before its chunks are made
+// again, and features and scores as well: nothing per chunk is kept.
 template <typename T>
 static void linear_backward_task(const LinearArguments& a, index b, index kv_head, Arena& arena) {
   using P = Exact;
-  constexpr index C = P::CHUNK;
+  constexpr index C = P::CHUNK, N = BLOCK / C;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), weight = ldx * ldp;
-  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W, C * ldf + W,
-                            ldf * C, C * ldv, ldv * C, C * C, C * C, C * ldv, C, C * ldf, C * ldv, ldf * ldv, ldv * ldf, ldf}));
+  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W, ldf * C, ldv * C, C * C,
+                            C * C, C * ldv, C, C * ldf, C * ldf, C * ldv, N * C * ldx, N * (C * ldf + W), N * C * ldv, N * ldv * ldf, N * ldf,
+                            ldf * ldv, ldv * ldf, ldf}));
   float *weights = arena.take(space_for_maps<P>(a, true)), *grad_weights = arena.take(weight * (groups + 1));
-  float *x = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp));
-  float *q = arena.take(C * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C);
-  float *values = arena.take(C * ldv), *values_t = arena.take(ldv * C), *scores = arena.take(C * C), *grad_scores = arena.take(C * C);
-  float *grad = arena.take(C * ldv), *grad_sum = arena.take(C);
-  float *grad_features = arena.take(C * ldf), *grad_values = arena.take(C * ldv);
-  float *s = arena.take(ldf * ldv), *s_t = arena.take(ldv * ldf), *z = arena.take(ldf);
+  float *x_q = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp)), *q = arena.take(C * ldf + W);
+  float *keys_t = arena.take(ldf * C), *values_t = arena.take(ldv * C), *scores = arena.take(C * C), *grad_scores = arena.take(C * C);
+  float *grad = arena.take(C * ldv), *grad_sum = arena.take(C);  // of the sums before the division
+  float *grad_q = arena.take(C * ldf), *grad_k = arena.take(C * ldf), *grad_v = arena.take(C * ldv);
+  // of every chunk of the block: keys, their features, values, and the state before, transposed
+  float *all_x = arena.take(N * C * ldx), *all_keys = arena.take(N * (C * ldf + W)), *all_values = arena.take(N * C * ldv);
+  float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
+  float *grad_s = arena.take(ldf * ldv), *grad_s_t = arena.take(ldv * ldf), *grad_z = arena.take(ldf);  // of the state after the chunk
 
   const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, true);
   zero(grad_weights, weight * (groups + 1));
-  const index state_at = (b * a.kv_heads + kv_head) * f * (v + 1);
-
-  // gradients of the queries; the state is kept transposed, [V, F]
-  zero(s, ldf * ldv);
-  zero(s_t, ldv * ldf);
-  zero(z, ldf);
-  if (a.initial_state) {
-    unpack_state(a.initial_state + state_at, f, v, s, ldv, z);
-    transpose(ldf, ldv, s, ldv, s_t, ldf);
-  }
-  for (index t = 0; t < a.tokens; t += C) {
-    const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
-    hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
-    load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
-    transpose(C, ldv, values, ldv, values_t, C);
-    for (index g = 0; g < groups; g++) {
-      const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, nullptr, q);
-      grad_of_sums<T>(a, b, t, head, c, C, grad, ldv, grad_sum, scratch);
-      causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
-      for (index i = 0; i < c; i++)
-        for (index j = 0; j <= i; j++) grad_scores[i * C + j] += grad_sum[i];
-      multiply(c, ldf, c, rows(grad_scores, C), keys, ldf, grad_features, ldf, false);
-      multiply(c, ldf, v, rows(grad, ldv), s_t, ldf, grad_features, ldf, true);
-      add_outer(c, ldf, grad_features, ldf, grad_sum, z);
-      float* result = grad_features;
-      if (a.map != NONE) {
-        features_vjp(maps_q[g], c, x, scratch, q, grad_features, grad_x, grad_weights + (g + 1) * weight);
-        result = grad_x;
+  const index head_at = b * a.kv_heads + kv_head, state_size = f * (v + 1), num_blocks = (a.tokens + BLOCK - 1) / BLOCK;
+  zero(grad_s, ldf * ldv);
+  zero(grad_z, ldf);
+  if (a.grad_final_state) unpack_state(a.grad_final_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
+  for (index block = num_blocks - 1; block >= 0; block--) {
+    const index start = block * BLOCK, chunks = (std::min(a.tokens - start, BLOCK) + C - 1) / C;
+    unpack_transposed(a.block_states + (head_at * num_blocks + block) * state_size, f, v, all_s_t, ldf, all_z);
+    for (index i = 0; i < chunks; i++) {
+      const index t = start + i * C, c = std::min(a.tokens - t, C);
+      float *x = all_x + i * C * ldx, *keys = all_keys + i * (C * ldf + W), *values = all_values + i * C * ldv;
+      load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
+      hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
+      load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
+      if (i + 1 == chunks) break;
+      float *next = all_s_t + (i + 1) * ldv * ldf, *next_z = all_z + (i + 1) * ldf;
+      std::memcpy(next, all_s_t + i * ldv * ldf, v * ldf * sizeof(float));
+      std::memcpy(next_z, all_z + i * ldf, ldf * sizeof(float));
+      multiply(v, ldf, c, transposed(values, ldv), keys, ldf, next, ldf, true);
+      add_column_sums(c, ldf, keys, ldf, next_z);
+    }
+    for (index i = chunks - 1; i >= 0; i--) {
+      const index t = start + i * C, c = std::min(a.tokens - t, C);
+      const float *x = all_x + i * C * ldx, *keys = all_keys + i * (C * ldf + W), *values = all_values + i * C * ldv;
+      const float *s_t = all_s_t + i * ldv * ldf, *z = all_z + i * ldf;
+      transpose(C, ldf, keys, ldf, keys_t, C);
+      transpose(C, ldv, values, ldv, values_t, C);
+      transpose(ldf, ldv, grad_s, ldv, grad_s_t, ldf);
+      multiply(c, ldv, f, rows(keys, ldf), grad_s, ldv, grad_v, ldv, false);
+      for (index r = 0; r < c; r++) std::memcpy(grad_k + r * ldf, grad_z, ldf * sizeof(float));
+      multiply(c, ldf, v, rows(values, ldv), grad_s_t, ldf, grad_k, ldf, true);
+      for (index g = 0; g < groups; g++) {
+        const index head = kv_head * groups + g;
+        load_features<T>(maps_q[g], a.query, b, t, head, c, c, x_q, scratch, nullptr, q);
+        grad_of_sums<T>(a, b, t, head, c, grad, ldv, grad_sum, scratch);
+        causal_products<P>(c, f, {q, ldf}, {keys_t, C}, scores, C);
+        causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
+        for (index r = 0; r < c; r++) {
+          for (index j = 0; j <= r; j++) grad_scores[r * C + j] += grad_sum[r];
+          set_row(grad_q + r * ldf, grad_sum[r], z, ldf);
+        }
+        multiply(c, ldf, c, rows(grad_scores, C), keys, ldf, grad_q, ldf, true);
+        multiply(c, ldf, v, rows(grad, ldv), s_t, ldf, grad_q, ldf, true);
+        multiply(c, ldv, c, transposed(scores, C), grad, ldv, grad_v, ldv, true);
+        multiply(c, ldf, c, transposed(grad_scores, C), q, ldf, grad_k, ldf, true);
+        multiply(f, ldv, c, transposed(q, ldf), grad, ldv, grad_s, ldv, true);
+        for (index r = 0; r < c; r++) add_row(grad_z, grad_sum[r], q + r * ldf, ldf);
+        if (a.map != NONE) features_vjp(maps_q[g], c, x_q, scratch, q, grad_q, grad_x, grad_weights + (g + 1) * weight);
+        store_tokens<T>(a.grad_query, b, t, head, c, a.key_dim, a.map == NONE ? grad_q : grad_x, ldx);
       }
-      store_tokens<T>(a.grad_query, b, t, head, c, a.key_dim, result, ldx);
+      store_tokens<T>(a.grad_value, b, t, kv_head, c, v, grad_v, ldv);
+      hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, grad_k, ldf);
+      if (a.map != NONE) features_vjp(map_k, c, x, scratch, keys, grad_k, grad_x, grad_weights);
+      store_tokens<T>(a.grad_key, b, t, kv_head, c, a.key_dim, a.map == NONE ? grad_k : grad_x, ldx);
     }
-    multiply(v, ldf, c, transposed(values, ldv), keys, ldf, s_t, ldf, true);
-    add_column_sums(c, ldf, keys, ldf, z);
   }
-
-  // gradients of keys and values; s, s_t and z now hold the gradient of the state after the chunk
-  zero(s, ldf * ldv);
-  zero(s_t, ldv * ldf);
-  zero(z, ldf);
-  if (a.grad_final_state) {
-    unpack_state(a.grad_final_state + state_at, f, v, s, ldv, z);
-    transpose(ldf, ldv, s, ldv, s_t, ldf);
-  }
-  for (index t = (a.tokens - 1) / C * C; t >= 0; t -= C) {
-    const index c = a.tokens - t < C ? a.tokens - t : C;
-    const uint8_t* valid = a.valid ? a.valid + b * a.tokens + t : nullptr;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
-    hide_tokens(valid, c, keys, ldf);
-    transpose(C, ldf, keys, ldf, keys_t, C);
-    load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
-    transpose(C, ldv, values, ldv, values_t, C);
-    multiply(c, ldv, f, rows(keys, ldf), s, ldv, grad_values, ldv, false);
-    multiply(c, ldf, v, rows(values, ldv), s_t, ldf, grad_features, ldf, false);
-    for (index i = 0; i < c; i++)
-      for (index j = 0; j < ldf; j++) grad_features[i * ldf + j] += z[j];
-    for (index g = 0; g < groups; g++) {
-      const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, C, grad_x, scratch, nullptr, q);
-      grad_of_sums<T>(a, b, t, head, c, C, grad, ldv, grad_sum, scratch);
-      causal_products<P>(c, f, {q, ldf}, {keys_t, C}, scores, C);
-      causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
-      for (index i = 0; i < c; i++)
-        for (index j = 0; j <= i; j++) grad_scores[i * C + j] += grad_sum[i];
-      multiply(c, ldv, c, transposed(scores, C), grad, ldv, grad_values, ldv, true);
-      multiply(c, ldf, c, transposed(grad_scores, C), q, ldf, grad_features, ldf, true);
-      multiply(f, ldv, c, transposed(q, ldf), grad, ldv, s, ldv, true);
-      for (index i = 0; i < c; i++)
-        for (index j = 0; j < ldf; j++) z[j] += grad_sum[i] * q[i * ldf + j];
-    }
-    transpose(ldf, ldv, s, ldv, s_t, ldf);
-    store_tokens<T>(a.grad_value, b, t, kv_head, c, v, grad_values, ldv);
-    hide_tokens(valid, c, grad_features, ldf);
-    float* result = grad_features;
-    if (a.map != NONE) {
-      features_vjp(map_k, c, x, scratch, keys, grad_features, grad_x, grad_weights);
-      result = grad_x;
-    }
-    store_tokens<T>(a.grad_key, b, t, kv_head, c, a.key_dim, result, ldx);
-  }
-  if (a.grad_initial_state) pack_state(a.grad_initial_state + state_at, f, v, s, ldv, z);
+  if (a.grad_initial_state) pack_state(a.grad_initial_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
   if (!map_k.has_weight()) return;
   const index size = a.key_dim * a.projected_dim;
   for (index g = 0; g <= groups; g++) {
-    float* to = g ? a.grad_weight_q + (b * a.heads + kv_head * groups + g - 1) * size : a.grad_weight_k + (b * a.kv_heads + kv_head) * size;
-    for (index i = 0; i < a.key_dim; i++)
-      for (index j = 0; j < a.projected_dim; j++) to[i * a.projected_dim + j] = grad_weights[g * weight + i * ldp + j];
+    float* to = g ? a.grad_weight_q + (b * a.heads + kv_head * groups + g - 1) * size : a.grad_weight_k + head_at * size;
+    for (index i = 0; i < a.key_dim; i++) std::memcpy(to + i * a.projected_dim, grad_weights + g * weight + i * ldp, a.projected_dim * sizeof(float));
   }
 }
 
