@@ -2,23 +2,27 @@
 
     python benchmarks/ops.py --quick                # prefill of 4,096 tokens, under a minute
     python benchmarks/ops.py --json results.json    # everything: prefill, training, decoding, crossover, whole layers, memory
+    HF_HYBRID_OPS=torch python benchmarks/ops.py    # the plain torch forms instead of the compiled kernels
 
-Geometry of SmolLM2-135M: 9 query heads, 3 key-value heads of size 64, batch 1. Every candidate of a comparison runs once per round, in turn;
-a ratio is the median over rounds of the ratios within a round, of CPU time of this single-threaded process. Inputs are random, laid out as
-transformers hands them over.
+Geometry of SmolLM2-135M: 9 query heads, 3 key-value heads of size 64, batch 1. Every candidate of a comparison runs once per round, in an order that
+is shuffled anew each round: the first after SDPA finds the caches empty. A ratio is the median over rounds of the ratios within a round, of CPU
+time of this single-threaded process. Inputs are random, laid out as transformers hands them over.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
+import random
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
+import transformers
 from torch.nn import functional as F
 from transformers.models.minimax.configuration_minimax import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
@@ -33,6 +37,7 @@ from hf_hybrid.ops import (
     linear_attention,
     window_attention,
 )
+from hf_hybrid.ops.dispatch import choose_backend
 
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
@@ -202,8 +207,10 @@ def compare(candidates, rounds, inner=1):
     times = {name: [] for name in candidates}
     for function in candidates.values():
         function()
+    order, shuffler = list(candidates.items()), random.Random(0)
     for _ in range(rounds):
-        for name, function in candidates.items():
+        shuffler.shuffle(order)
+        for name, function in order:
             start = time.process_time()
             for _ in range(inner):
                 function()
@@ -406,7 +413,7 @@ def layer(length, rounds):
     """A whole SmolLM2-135M layer (random weights), attention replaced, in the model's own code with its own caches."""
     from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-    from hf_hybrid import LinearAttentionConfig, convert_to_hybrid
+    from hf_hybrid import GatedDeltaNetConfig, LinearAttentionConfig, convert_to_hybrid
 
     config = LlamaConfig(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=9, num_key_value_heads=3, vocab_size=64,
@@ -417,7 +424,8 @@ def layer(length, rounds):
         "layer/linear_attention/elu": LinearAttentionConfig(feature_map="elu", window_size=0),
         "layer/linear_attention/hedgehog": LinearAttentionConfig(window_size=0),
         "layer/linear_attention/hedgehog+window": LinearAttentionConfig(),
-        "layer/gated_delta_net": "gated_delta_net",
+        "layer/gated_delta_net": GatedDeltaNetConfig(window_size=0),
+        "layer/identity": "identity",  # no attention at all: what no mixer can exceed
     }
     rows = []
     for dtype_name, dtype in DTYPES.items():
@@ -429,12 +437,13 @@ def layer(length, rounds):
             models[name] = convert_to_hybrid(LlamaModel(config).eval(), mixer).to(dtype)
         tokens = torch.randint(64, (1, length), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            times = compare({k: lambda m=m: m(tokens, use_cache=False) for k, m in models.items()}, rounds)
+            prompt = {k: lambda m=m, t=tokens: m(t, use_cache=False) for k, m in models.items()}
+            times = compare(prompt, rounds)
             rows += rows_of(times, "prefill", dtype_name, length)
             caches = {k: DynamicCache(config=m.config) for k, m in models.items()}
             for k, m in models.items():
                 m(tokens, past_key_values=caches[k])
-            step = {k: lambda m=m, c=caches[k]: m(tokens[:, :1], past_key_values=c) for k, m in models.items()}
+            step = {k: lambda m=m, c=caches[k], t=tokens: m(t[:, :1], past_key_values=c) for k, m in models.items()}
             rows += rows_of(compare(step, 8 * rounds, inner=2), "decode", dtype_name, length)
     return rows
 
@@ -465,15 +474,23 @@ MEMORY = {
 
 def memory_of(name, which, length):
     """MiB above the inputs at the peak of one forward and backward pass, in this fresh process."""
-    problem = Problem(64, torch.float32, requires_grad=True)
     run = MEMORY[name][which]
-    output = run(problem)
-    output.backward(torch.ones_like(output))  # first-call allocations of the libraries
+
+    def step(problem):
+        output = run(problem)
+        output.backward(torch.ones_like(output))
+
+    step(Problem(64, torch.float32, requires_grad=True))  # first-call allocations of the libraries
     problem = Problem(length, torch.float32, requires_grad=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    output = run(problem)
-    output.backward(torch.ones_like(output))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak counts from here
+    before = peak_kibibytes()
+    step(problem)
+    return (peak_kibibytes() - before) / 1024
+
+
+def peak_kibibytes():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def memory(length):
@@ -498,6 +515,15 @@ def memory(length):
     return rows
 
 
+def processor():
+    """Name and model number, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine()
+    fields = dict(re.findall(r"^(model name|model|cpu family)\s*: (.*)$", cpuinfo.read_text(), flags=re.MULTILINE))
+    return f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="prefill of 4,096 tokens only")
@@ -520,7 +546,10 @@ def main():
     }
     rows = prefill(4096, 3) if options.quick else [row for name in options.phases.split(",") for row in phases[name]()]
     if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1}
+        machine = {
+            "processor": processor(), "torch": torch.__version__, "transformers": transformers.__version__, "threads": 1,
+            "amx": torch.cpu._is_amx_tile_supported(), "ops": choose_backend(None, torch.zeros(1)),
+        }  # fmt: skip
         temporary = options.json + ".tmp"
         with open(temporary, "w") as file:
             json.dump({"machine": machine, "rows": rows}, file, indent=1)
