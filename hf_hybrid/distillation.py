@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from .attention import CACHE_ARGUMENTS, convert_attention_
 from .configuration_hybrid import AttentionSite, check_selection
 from .errors import AlreadyHybridError, HybridConfigError, closest
 from .losses import normalized_mse
-from .mixers import MixerConfig, resolve_mixer_config
+from .mixers import INITIALIZATIONS, MixerConfig, check_initialization, resolve_mixer_config
 from .modeling_hybrid import (
     HybridModelMixin,
     become_hybrid_,
@@ -185,6 +186,7 @@ def prepare_distillation_(
     *,
     projections: str = "shared",
     rank: int = 8,
+    initialization: Collection[str] = INITIALIZATIONS,
     example_inputs: dict | None = None,
 ) -> PreTrainedModel:
     """
@@ -196,6 +198,8 @@ def prepare_distillation_(
         projections (`str`, *optional*, defaults to `"shared"`): What of a student trains beside its mixer. `"shared"`: nothing, it uses
             the teacher's frozen query, key, value and output projections. `"low_rank"`: a low-rank difference to them. `"full"`: copies.
         rank (`int`, *optional*, defaults to 8): Rank of that difference.
+        initialization (`Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, all of
+            `mixers.INITIALIZATIONS` by default. `half_lives` and `output_scale` are for [`calibrate_mixers`].
 
     Raises:
         AlreadyHybridError: If the model is hybrid or in distillation already.
@@ -213,6 +217,7 @@ def prepare_distillation_(
         raise AlreadyHybridError(
             f"{describe(model)} is converted already. Distillation starts from full attention: call restore_full_attention(model) first."
         )
+    initialization = check_initialization(initialization)
     probed = probe_attention(model, example_inputs)
     chosen = check_selection(layers, [site for site, _ in probed], describe(model))
     modules = dict(model.named_modules())
@@ -221,7 +226,7 @@ def prepare_distillation_(
         teacher = modules[site.name]
         student = _new_student(teacher, projections, rank)
         mixer_module = new_mixer(
-            config, site, teacher
+            config, site, teacher, initialization
         ).float()  # fp32 master weights: bf16 would swallow small updates
         convert_attention_(student, mixer_module)
         built[site.name] = DistillSite(teacher, student, site, config)

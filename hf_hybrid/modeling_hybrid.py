@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Collection
 
 import torch
 import transformers
@@ -49,7 +50,7 @@ from .configuration_hybrid import (
     on_new_family,
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
-from .mixers import LinearMixer, MixerConfig, build_mixer, resolve_mixer_config
+from .mixers import INITIALIZATIONS, LinearMixer, MixerConfig, build_mixer, resolve_mixer_config
 from .model_card import CARD_FILE, is_own_card, write_model_card
 from .probe import probe_attention
 
@@ -182,11 +183,13 @@ def describe(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} (model_type={model.config.model_type!r})"
 
 
-def new_mixer(config: MixerConfig, site: AttentionSite, module: nn.Module) -> LinearMixer:
+def new_mixer(
+    config: MixerConfig, site: AttentionSite, module: nn.Module, initialization: Collection[str] = INITIALIZATIONS
+) -> LinearMixer:
     """A freshly initialised mixer for `site`, on the device and in the dtype of the attention it stands in for."""
     mixer = build_mixer(config, **site.sizes())
     weight = next(module.parameters())
-    mixer.init_weights()
+    mixer.init_weights(initialization)
     for part in mixer.modules():
         part._is_hf_initialized = True
     return mixer.to(device=weight.device, dtype=weight.dtype)

@@ -1,6 +1,7 @@
 """`HybridTrainer`: transformers' `Trainer` that distils every attention site locally and saves hybrids."""
 
 import contextlib
+import inspect
 import json
 import os
 from typing import Any
@@ -115,6 +116,7 @@ class HybridTrainer(Trainer):
                 args.selected_layers(),
                 projections=args.projections,
                 rank=args.projection_rank,
+                initialization=args.initialization,
             )
         elif mixer is not None:
             raise AlreadyHybridError(
@@ -197,28 +199,17 @@ class HybridTrainer(Trainer):
 
     def _calibrate(self):
         """Starting values of the mixers, from the first training batches. The same on every process: all see the same batches."""
-        if not self.args.calibration_batches:
+        wanted = {name: name in self.args.initialization for name in ("half_lives", "output_scale")}
+        if not any(wanted.values()):
             return
         size = self.args.per_device_train_batch_size
-        examples = [
-            self.train_dataset[i] for i in range(min(size * self.args.calibration_batches, len(self.train_dataset)))
-        ]
-        batches = [self.data_collator(examples[i : i + size]) for i in range(0, len(examples), size)]
-        names = {
-            "input_ids",
-            "attention_mask",
-            "position_ids",
-            "token_type_ids",
-            "inputs_embeds",
-            "pixel_values",
-            "input_features",
-        }
-        calibrate_mixers(
-            self.accelerator.unwrap_model(self.model),
-            [{k: v for k, v in batch.items() if k in names} for batch in batches],
-            half_lives=self.args.calibrate_half_lives,
-            output_scale=self.args.calibrate_output_scale,
-        )
+        count = min(size * self.args.calibration_batches, len(self.train_dataset))
+        examples = [self.train_dataset[i] for i in range(count)]
+        model = self.accelerator.unwrap_model(self.model)
+        batches = [self.data_collator(examples[i : i + size]) for i in range(0, count, size)]
+        # columns that the model does not take are dropped as the Trainer drops them
+        known = inspect.signature(model.forward).parameters
+        calibrate_mixers(model, [{k: v for k, v in batch.items() if k in known} for batch in batches], **wanted)
         self._starting_students = False
 
     def _check_students_are_there(self):

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from .errors import HybridConfigError
+from .mixers import INITIALIZATIONS, check_initialization
 
 
 @dataclass
@@ -28,10 +29,12 @@ class HybridTrainingArguments(TrainingArguments):
         projection_rank (`int`, *optional*, defaults to 8):
             Rank of those differences.
 
+        initialization (`list[str]`, *optional*):
+            What fresh mixers take from the pretrained layer, all by default: `identity_maps` (learned feature maps start as the identity),
+            `quiet_state` (beside a window, the state starts at next to no weight), `neutral_gates` (output gates start at 1), `half_lives` and
+            `output_scale` (decays and loudness of gated mixers, read off the layer's own softmax, see [`calibrate_mixers`]).
         calibration_batches (`int`, *optional*, defaults to 2):
-            Training batches from which gated mixers take their starting values, see [`calibrate_mixers`]; 0 for none.
-        calibrate_half_lives (`bool`, *optional*, defaults to `True`), calibrate_output_scale (`bool`, *optional*, defaults to `True`):
-            Which of them.
+            Training batches for the last two.
         window_dropout (`float`, *optional*, defaults to 0.0):
             Share of training forwards, drawn per layer, in which a mixer does without its window, so that its state learns to do without.
 
@@ -63,11 +66,13 @@ class HybridTrainingArguments(TrainingArguments):
         metadata={"help": "What trains beside the mixers.", "choices": ["shared", "low_rank", "full"]},
     )
     projection_rank: int = field(default=8, metadata={"help": "Rank of the low-rank differences."})
-    calibration_batches: int = field(
-        default=2, metadata={"help": "Batches from which gated mixers take their starting values; 0 for none."}
+    initialization: list[str] = field(
+        default_factory=lambda: list(INITIALIZATIONS),
+        metadata={"help": f"What fresh mixers take from the pretrained layer: some of {', '.join(INITIALIZATIONS)}."},
     )
-    calibrate_half_lives: bool = field(default=True, metadata={"help": "Decays start at the teacher's own look-back."})
-    calibrate_output_scale: bool = field(default=True, metadata={"help": "Outputs start at the teacher's own scale."})
+    calibration_batches: int = field(
+        default=2, metadata={"help": "Training batches from which half_lives and output_scale are read."}
+    )
     window_dropout: float = field(
         default=0.0, metadata={"help": "Share of training forwards in which a mixer does without its window."}
     )
@@ -91,8 +96,12 @@ class HybridTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_length < 2:
             raise HybridConfigError(f"max_length must be at least 2 tokens; got {self.max_length}.")
-        if self.calibration_batches < 0:
-            raise HybridConfigError(f"calibration_batches must not be negative; got {self.calibration_batches}.")
+        self.initialization = list(check_initialization(self.initialization))
+        if self.calibration_batches < 1:
+            raise HybridConfigError(
+                f"calibration_batches must be at least 1; got {self.calibration_batches}. To do without, leave half_lives and output_scale out "
+                "of initialization."
+            )
         if not 0.0 <= self.window_dropout < 1.0:
             raise HybridConfigError(f"window_dropout must be in [0, 1); got {self.window_dropout}.")
 

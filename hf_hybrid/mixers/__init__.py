@@ -1,6 +1,16 @@
 """The mixers. Importing this package registers them; `docs/mixers/` has a card for each."""
 
-from .base import LinearMixer, MixerConfig, build_mixer, get_mixer, list_mixers, register_mixer, resolve_mixer_config
+from .base import (
+    INITIALIZATIONS,
+    LinearMixer,
+    MixerConfig,
+    build_mixer,
+    check_initialization,
+    get_mixer,
+    list_mixers,
+    register_mixer,
+    resolve_mixer_config,
+)
 from .feature_maps import FeatureMap, get_feature_map, list_feature_maps, register_feature_map
 from .gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from .gla import GLA, GLAConfig
@@ -14,6 +24,7 @@ from .sliding_window import SlidingWindow, SlidingWindowConfig
 
 __all__ = [
     "GLA",
+    "INITIALIZATIONS",
     "FeatureMap",
     "GLAConfig",
     "GatedDeltaNet",
@@ -33,6 +44,7 @@ __all__ = [
     "SlidingWindow",
     "SlidingWindowConfig",
     "build_mixer",
+    "check_initialization",
     "get_feature_map",
     "get_mixer",
     "list_feature_maps",

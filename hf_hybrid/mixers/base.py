@@ -7,12 +7,19 @@ tensors whose first axis is the batch; caches are somebody else's business.
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..errors import HybridConfigError, UnknownMixerError, closest
+
+
+# What a fresh mixer can take from its place in a pretrained model, beside the layer's own projections. `identity_maps`: learned feature maps
+# start as the identity; `quiet_state`: beside a window the state starts at next to no weight; `neutral_gates`: output gates start at 1;
+# `half_lives` and `output_scale`: read off the layer's own softmax, see `calibration`.
+INITIALIZATIONS = ("identity_maps", "quiet_state", "neutral_gates", "half_lives", "output_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +96,11 @@ class LinearMixer(nn.Module, ABC):
         self.head_dim, self.value_dim, self.hidden_size, self.causal = head_dim, value_dim, hidden_size, causal
 
     @abstractmethod
-    def init_weights(self) -> None:
-        """Set every parameter to its starting value, in place and under `no_grad`. Called once, on real (not meta) tensors."""
+    def init_weights(self, initialization: Collection[str] = INITIALIZATIONS) -> None:
+        """
+        Set every parameter to its starting value, in place and under `no_grad`. Called once, on real (not meta) tensors. What is not in
+        `initialization` starts as it would in a model trained from scratch.
+        """
 
     @abstractmethod
     def mix(
@@ -236,6 +246,17 @@ def build_mixer(config: MixerConfig, **sizes) -> LinearMixer:
     """Build the mixer a config describes for one attention layer of the given sizes (the arguments of [`LinearMixer`])."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return get_mixer(config.name)(**sizes, **settings)
+
+
+def check_initialization(names) -> tuple[str, ...]:
+    """The names as a tuple; an unknown one is an error."""
+    names = tuple(names)
+    for name in names:
+        if name not in INITIALIZATIONS:
+            raise HybridConfigError(
+                f"initialization must name some of {', '.join(INITIALIZATIONS)}; got {name!r}.{closest(str(name), INITIALIZATIONS)}"
+            )
+    return names
 
 
 def check_int(where: str, name: str, value, least: int) -> None:

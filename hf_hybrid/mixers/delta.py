@@ -67,9 +67,8 @@ class ChannelGates(nn.Module):
         self.set_half_lives(spread_half_lives((self.num_states, self.head_dim)))
 
     def set_half_lives(self, half_lives: torch.Tensor) -> None:
-        with torch.no_grad():
-            bias = softplus_bias(half_lives.view(self.num_states, -1).expand(-1, self.head_dim))
-            self.decay.bias.copy_(bias.flatten())
+        bias = softplus_bias(half_lives.view(self.num_states, -1).expand(-1, self.head_dim))
+        self.decay.set_bias(bias.flatten())
 
     def forward(self, hidden_states, valid):
         """`[B, T, D]` -> log-decay `[B, T, H_s, K]`, write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist."""

@@ -41,12 +41,12 @@ class FeatureMap(nn.Module, ABC):
         """`F`, the number of features of one token and head."""
         return self.head_dim
 
-    def init_weights(self) -> None:
-        """Set every parameter to its starting value, in place."""
+    def init_weights(self, identity: bool = True) -> None:
+        """Set every parameter to its starting value, in place: so that nothing is lost of the input, or at random."""
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         """What [`FeatureMap.features`] takes beside its input: by default all parameters, in their order."""
-        return tuple(self._parameters.values())
+        return tuple(weight for weight in self._parameters.values() if weight is not None)
 
     @abstractmethod
     def features(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -150,9 +150,12 @@ class HedgehogFeatureMap(FeatureMap):
     def output_dim(self) -> int:
         return 2 * self.feature_dim
 
-    def init_weights(self) -> None:
+    def init_weights(self, identity: bool = True) -> None:
         with torch.no_grad():
-            self.weight.copy_(torch.eye(self.head_dim, self.feature_dim).expand_as(self.weight))
+            if identity:
+                self.weight.copy_(torch.eye(self.head_dim, self.feature_dim).expand_as(self.weight))
+            else:
+                nn.init.normal_(self.weight, std=self.head_dim**-0.5)
 
     def features(self, x, weight):
         scaled = weight.to(x.dtype) * self.head_dim**-0.25
@@ -288,13 +291,15 @@ class TaylorFeatureMap(FeatureMap):
     def output_dim(self) -> int:
         return 1 + self.feature_dim + self.feature_dim * (self.feature_dim + 1) // 2
 
-    def init_weights(self) -> None:
+    def init_weights(self, identity: bool = True) -> None:
         copies = -(-self.head_dim // self.feature_dim)
-        start = torch.eye(self.feature_dim).repeat(copies, 1)[
-            : self.head_dim
-        ]  # coordinates k, k + F, k + 2F .. are averaged
+        # coordinates k, k + F, k + 2 F .. are averaged
+        start = torch.eye(self.feature_dim).repeat(copies, 1)[: self.head_dim]
         with torch.no_grad():
-            self.weight.copy_((start / start.norm(dim=0).clamp_min(1.0)).expand_as(self.weight))
+            if identity:
+                self.weight.copy_((start / start.norm(dim=0).clamp_min(1.0)).expand_as(self.weight))
+            else:
+                nn.init.normal_(self.weight, std=self.head_dim**-0.5)
 
     def features(self, x, weight):
         scaled = weight.to(x.dtype) * self.head_dim**-0.25

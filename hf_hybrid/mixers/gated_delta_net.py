@@ -2,10 +2,8 @@
 
 import dataclasses
 
-from torch import nn
-
 from ..ops import gated_delta_rule
-from .base import LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
 from .delta import HeadGates
 from .gates import OutputStage
 
@@ -56,7 +54,7 @@ class GatedDeltaNet(LinearMixer):
         self.window_size = window_size
         self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
         self.gates = HeadGates(self.hidden_size, self.num_states)
-        self.output_stage: nn.Module = OutputStage(
+        self.output_stage = OutputStage(
             self,
             window_size=window_size,
             num_sink_tokens=num_sink_tokens,
@@ -64,9 +62,9 @@ class GatedDeltaNet(LinearMixer):
             gate_rank=gate_rank,
         )
 
-    def init_weights(self) -> None:
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
         self.gates.init_weights()
-        self.output_stage.init_weights()
+        self.output_stage.init_weights(initialization)
 
     def set_half_lives(self, half_lives) -> None:
         """Start the decays at one half every `half_lives` tokens, `[H_s]`."""

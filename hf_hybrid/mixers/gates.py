@@ -21,7 +21,7 @@ def spread_half_lives(shape: tuple[int, ...]) -> torch.Tensor:
 
 class LowRank(nn.Module):
     """
-    $x \\mapsto W_2 W_1 x$, with a bias where `bias` says so. Started so that the output is close to the bias: the gate begins nearly data-independent.
+    $x \\mapsto W_2 W_1 x$, with a bias where `bias` says so. Started so that the output is close to the bias, the gate nearly data-independent.
 
     Args:
         in_features (`int`), rank (`int`), out_features (`int`): Sizes of the two products.
@@ -34,12 +34,17 @@ class LowRank(nn.Module):
         self.up = nn.Parameter(torch.empty(out_features, rank))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def init_weights(self, bias: torch.Tensor | float = 0.0) -> None:
+    def init_weights(self, small: bool = True) -> None:
         with torch.no_grad():
             nn.init.normal_(self.down, std=self.down.shape[1] ** -0.5)
-            nn.init.normal_(self.up, std=0.01)
+            nn.init.normal_(self.up, std=0.01 if small else self.up.shape[1] ** -0.5)
             if self.bias is not None:
-                self.bias.copy_(torch.as_tensor(bias).expand_as(self.bias))
+                self.bias.zero_()
+
+    def set_bias(self, bias: torch.Tensor) -> None:
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.copy_(bias)
 
     def forward(self, x):
         """`[B, T, D]` -> `[B, T, out_features]`, fp32 or wider: what it feeds is exponentiated."""
@@ -63,7 +68,7 @@ class OutputStage(nn.Module):
         gate_rank (`int`): Rank of `U`.
     """
 
-    initial_window_logit = -4.0
+    quiet_logit = -4.0
 
     def __init__(self, mixer, *, window_size: int, num_sink_tokens: int, output_gate: bool, gate_rank: int):
         super().__init__()
@@ -75,13 +80,13 @@ class OutputStage(nn.Module):
             self.gate = LowRank(mixer.hidden_size, gate_rank, mixer.num_heads * mixer.value_dim, bias=False)
         self.state_logit = nn.Parameter(torch.empty(mixer.num_heads)) if window_size else None
 
-    def init_weights(self) -> None:
+    def init_weights(self, initialization) -> None:
         with torch.no_grad():
             self.weight.fill_(1.0)
             if self.state_logit is not None:
-                self.state_logit.fill_(self.initial_window_logit)
+                self.state_logit.fill_(self.quiet_logit if "quiet_state" in initialization else 0.0)
         if self.gate is not None:
-            self.gate.init_weights()
+            self.gate.init_weights(small="neutral_gates" in initialization)
 
     def recurrent_part(self, recurrent, hidden_states):
         """`[B, T, H, V]` of the recurrence and `[B, T, D]` -> `[B, T, H, V]`."""

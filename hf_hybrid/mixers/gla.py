@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from ..ops import gated_linear_attention
-from .base import LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
 from .gates import LowRank, OutputStage, inverse_softplus, masked, spread_half_lives
 
 
@@ -67,16 +67,15 @@ class GLA(LinearMixer):
             gate_rank=gate_rank,
         )
 
-    def init_weights(self) -> None:
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
         self.decay.init_weights()
         self.set_half_lives(spread_half_lives((self.num_states, self.head_dim)))
-        self.output_stage.init_weights()
+        self.output_stage.init_weights(initialization)
 
     def set_half_lives(self, half_lives: torch.Tensor) -> None:
         """Start the decays at one half every `half_lives` tokens, `[H_s]` or `[H_s, K]`."""
         rate = math.log(2.0) * self.temperature / half_lives.view(self.num_states, -1).expand(-1, self.head_dim)
-        with torch.no_grad():
-            self.decay.bias.copy_(-inverse_softplus(rate).flatten())
+        self.decay.set_bias(-inverse_softplus(rate).flatten())
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         *window_state, recurrent_state = state if state else (None,)

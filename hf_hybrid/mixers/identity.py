@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from .base import LinearMixer, MixerConfig, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, register_mixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Identity(LinearMixer):
     config_class = IdentityConfig
     supports_bidirectional = True
 
-    def init_weights(self) -> None:
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
         pass
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):

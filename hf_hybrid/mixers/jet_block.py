@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops import gated_delta_rule
-from .base import LinearMixer, MixerConfig, check_bool, check_gated, check_int, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, check_int, register_mixer
 from .delta import HeadGates
 from .gates import OutputStage, masked
 
@@ -63,7 +63,7 @@ class JetBlock(LinearMixer):
         self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
         self.gates = HeadGates(self.hidden_size, self.num_states)
         self.convolution = DynamicConvolution(self, kernel_size)
-        self.output_stage: nn.Module = OutputStage(
+        self.output_stage = OutputStage(
             self,
             window_size=window_size,
             num_sink_tokens=num_sink_tokens,
@@ -71,10 +71,10 @@ class JetBlock(LinearMixer):
             gate_rank=gate_rank,
         )
 
-    def init_weights(self) -> None:
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
         self.gates.init_weights()
         self.convolution.init_weights()
-        self.output_stage.init_weights()
+        self.output_stage.init_weights(initialization)
 
     def set_half_lives(self, half_lives) -> None:
         """Start the decays at one half every `half_lives` tokens, `[H_s]`."""

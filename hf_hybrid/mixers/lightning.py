@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from ..ops import gated_linear_attention
-from .base import LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
 from .gates import OutputStage, masked
 
 
@@ -62,8 +62,8 @@ class Lightning(LinearMixer):
             gate_rank=gate_rank,
         )
 
-    def init_weights(self) -> None:
-        self.output_stage.init_weights()
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
+        self.output_stage.init_weights(initialization)
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         *window_state, recurrent_state = state if state else (None,)

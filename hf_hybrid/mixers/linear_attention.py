@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..ops import LinearPart, WindowState, bidirectional_linear_attention, linear_attention, window_attention
-from .base import LinearMixer, MixerConfig, check_int, check_window, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_int, check_window, register_mixer
 from .feature_maps import get_feature_map
 
 
@@ -56,7 +56,7 @@ class LinearAttention(LinearMixer):
     config_class = LinearAttentionConfig
     supports_bidirectional = True
     # log-weight of the linear part before training: 1.8 % per unit of feature product. Measured in LOG.md.
-    initial_log_weight = -4.0
+    quiet_log_weight = -4.0
 
     def __init__(self, *, feature_map: str, feature_dim: int | None, window_size: int, num_sink_tokens: int, **sizes):
         super().__init__(**sizes)
@@ -68,12 +68,12 @@ class LinearAttention(LinearMixer):
         # a purely linear layer has nothing to weigh against: a parameter it does not use would break DDP
         self.log_weight = nn.Parameter(torch.empty(self.num_heads)) if self.window_size else None
 
-    def init_weights(self) -> None:
-        self.feature_map_q.init_weights()
-        self.feature_map_k.init_weights()
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
+        for feature_map in (self.feature_map_q, self.feature_map_k):
+            feature_map.init_weights(identity="identity_maps" in initialization)
         if self.log_weight is not None:
             with torch.no_grad():
-                self.log_weight.fill_(self.initial_log_weight)
+                self.log_weight.fill_(self.quiet_log_weight if "quiet_state" in initialization else 0.0)
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         maps = {"feature_map_q": self.feature_map_q, "feature_map_k": self.feature_map_k}

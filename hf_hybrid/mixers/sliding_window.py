@@ -3,7 +3,7 @@
 import dataclasses
 
 from ..ops import WindowState, window_attention
-from .base import LinearMixer, MixerConfig, check_window, register_mixer
+from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_window, register_mixer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SlidingWindow(LinearMixer):
         super().__init__(**sizes)
         self.window_size, self.num_sink_tokens = window_size, num_sink_tokens
 
-    def init_weights(self) -> None:
+    def init_weights(self, initialization=INITIALIZATIONS) -> None:
         pass
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):

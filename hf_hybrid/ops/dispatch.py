@@ -134,6 +134,8 @@ def _can_step(state, num_sinks, window_size, query) -> bool:
 
 def choose_backend(backend: str | None, x: torch.Tensor) -> str:
     """`backend` if given (checked), else the environment's choice, else what fits `x`."""
+    if x.is_cpu and torch.compiler.is_compiling():
+        return "torch"  # a graph cannot hold the kernels
     if backend is not None:
         return _checked(backend, "backend")
     return requested_backend() or default_backend(x.device.type)

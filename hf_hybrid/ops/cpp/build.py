@@ -51,6 +51,13 @@ def kernels() -> ctypes.CDLL | None:
     return None
 
 
+def library() -> ctypes.CDLL:
+    """[`kernels`], which must be there: the ops ask first."""
+    loaded = kernels()
+    assert loaded is not None
+    return loaded
+
+
 def find_compiler() -> str | None:
     """`CXX` if set, else the first of c++, g++ and clang++ on the path."""
     if os.environ.get("CXX"):

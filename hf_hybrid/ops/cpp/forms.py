@@ -11,7 +11,7 @@ import torch
 from ..naive import LinearPart, WindowState, empty_window_state
 from . import arguments as structures
 from .arguments import address, view
-from .build import kernels
+from .build import library
 
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -116,7 +116,7 @@ def _linear_forward(
     structure.final_state, structure.denominators, structure.block_states = map(
         address, (final, denominators, block_states)
     )
-    kernels().hf_hybrid_linear_forward(ctypes.byref(structure))
+    library().hf_hybrid_linear_forward(ctypes.byref(structure))
     del alive
     return output, final, denominators, block_states
 
@@ -173,7 +173,7 @@ class _LinearAttention(torch.autograd.Function):
         structure.grad_query, structure.grad_key, structure.grad_value = map(view, grads)
         structure.grad_final_state, structure.grad_initial_state = address(grad_state), address(grad_first)
         structure.grad_weight_q, structure.grad_weight_k = map(address, grad_weights)
-        kernels().hf_hybrid_linear_backward(ctypes.byref(structure))
+        library().hf_hybrid_linear_backward(ctypes.byref(structure))
         del alive
         if grad_first is not None:
             grad_first = grad_first.to(state.dtype)
@@ -193,7 +193,7 @@ def bidirectional_linear_attention(query, key, value, *, feature_map_q=None, fea
     structure, alive = _linear_arguments(
         feature_map_k, valid, True, query, key, value, None, weight_q, weight_k, output
     )
-    kernels().hf_hybrid_bidirectional_forward(ctypes.byref(structure))
+    library().hf_hybrid_bidirectional_forward(ctypes.byref(structure))
     del alive
     return output
 
@@ -243,7 +243,7 @@ def _linear_step(
         weight_q, weight_k = weight_q.contiguous(), weight_k.contiguous()
     if valid is not None:
         valid = valid.contiguous()
-    kernels().hf_hybrid_linear_step(
+    library().hf_hybrid_linear_step(
         structure, query.data_ptr(), key.data_ptr(), value.data_ptr(), address(valid), address(weight_q), address(weight_k), address(state),
         new_state.data_ptr(), output.data_ptr(),
     )  # fmt: skip
@@ -282,7 +282,7 @@ def gated(
             final = query.new_empty(batch, num_states, key_dim, value_dim, dtype=torch.float32)
         else:
             final = state if inplace_final_state else torch.empty_like(state)
-        kernels().hf_hybrid_gated_step(
+        library().hf_hybrid_gated_step(
             structure, query.data_ptr(), key.data_ptr(), value.data_ptr(), decay.data_ptr(), address(beta), address(state), final.data_ptr(),
             output.data_ptr(),
         )  # fmt: skip
@@ -298,7 +298,7 @@ def gated(
     )  # fmt: skip
     if beta is not None:
         structure.beta = view(beta)
-    kernels().hf_hybrid_gated_forward(ctypes.byref(structure))
+    library().hf_hybrid_gated_forward(ctypes.byref(structure))
     return output, final
 
 
@@ -321,27 +321,24 @@ def window_attention(
         )
         log_weight = linear.log_weight.detach().float().contiguous()
     output = query.new_empty(batch, tokens, heads, value.shape[3])
-    in_place = tokens == 1 and state is not None
     if state is not None:
         dtypes = (key.dtype, value.dtype, torch.bool, torch.int64, torch.float32)
-        state = WindowState(
-            *(None if x is None else x.to(dtype).contiguous() for x, dtype in zip(state, dtypes, strict=True))
+        state = WindowState._make(
+            None if x is None else x.to(dtype).contiguous() for x, dtype in zip(state, dtypes, strict=True)
         )
-    if in_place:
-        final = state if inplace_final_state else WindowState(*(None if x is None else x.clone() for x in state))
-    else:
+    step = tokens == 1 and state is not None
+    if state is None or not step:
         final = empty_window_state(key, value, window_size, num_sinks)
+    elif inplace_final_state:
+        final = state
+    else:
+        final = WindowState._make(None if x is None else x.clone() for x in state)
     if linear is None:
         final = final._replace(recurrent=None)
-    elif final.recurrent is None or not in_place:
-        shape = (
-            batch,
-            key.shape[2],
-            feature_map.output_dim if feature_map is not None else key.shape[3],
-            value.shape[3] + 1,
-        )
-        make = torch.zeros if in_place else torch.empty
-        final = final._replace(recurrent=make(shape, dtype=torch.float32))
+    elif final.recurrent is None:
+        feature_dim = key.shape[3] if feature_map is None else feature_map.output_dim
+        recurrent = torch.zeros(batch, key.shape[2], feature_dim, value.shape[3] + 1, dtype=torch.float32)
+        final = final._replace(recurrent=recurrent)
     common, alive = _linear_arguments(feature_map, valid, True, query, key, value, None, weight_q, weight_k, output)
     structure = structures.WindowArguments(
         common=common, window=window_size, sinks=num_sinks, score_scale=scale, log_weight=address(log_weight),
@@ -349,7 +346,7 @@ def window_attention(
     )  # fmt: skip
     if state is not None:
         structure.before = structures.WindowState(*map(address, state))
-    function = kernels().hf_hybrid_window_step if in_place else kernels().hf_hybrid_window_forward
+    function = library().hf_hybrid_window_step if step else library().hf_hybrid_window_forward
     function(ctypes.byref(structure))
     del alive
     return output, final
