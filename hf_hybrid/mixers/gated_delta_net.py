@@ -5,7 +5,7 @@ import dataclasses
 from ..ops import gated_delta_rule
 from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
 from .delta import HeadGates
-from .gates import OutputStage
+from .gates import OutputStage, empty_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,10 @@ class GatedDeltaNet(LinearMixer):
                 query, key, value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True,
                 initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
             )  # fmt: skip
+        elif recurrent_state is None:
+            recurrent_state = empty_state(self, query)
         output, window_state = self.output_stage(
             recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),
             inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        return output, (*window_state, *(() if recurrent_state is None else (recurrent_state,)))
+        return output, (*window_state, recurrent_state)

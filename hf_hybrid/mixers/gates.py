@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import WindowState, window_attention
+from ..ops import WindowState, empty_window_state, window_attention
 
 
 def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,8 @@ class OutputStage(nn.Module):
         if not self.window_size:
             return output, ()
         if "window" not in parts:
-            return output + 0.0 * self.state_logit.sum().to(output.dtype), state
+            window = state or tuple(empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4])
+            return output + 0.0 * self.state_logit.sum().to(output.dtype), window
         exact, final = window_attention(
             query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.scale, valid=valid,
             state=WindowState(*state, None) if state else None, inplace_final_state=inplace_final_state,
@@ -115,6 +116,12 @@ class OutputStage(nn.Module):
             return exact, tuple(final[:4])
         share = self.state_logit.sigmoid().to(output.dtype).unsqueeze(-1)
         return torch.lerp(exact, output, share), tuple(final[:4])
+
+
+def empty_state(mixer, query) -> torch.Tensor:
+    """The recurrent state before the first token, `[B, H_s, K, V]`: what a mixer without its state hands on."""
+    shape = (query.shape[0], mixer.num_states, mixer.head_dim, mixer.value_dim)
+    return query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
 def masked(valid, *tensors):

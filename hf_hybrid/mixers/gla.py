@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..ops import gated_linear_attention
 from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
-from .gates import LowRank, OutputStage, inverse_softplus, masked, spread_half_lives
+from .gates import LowRank, OutputStage, empty_state, inverse_softplus, masked, spread_half_lives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,10 @@ class GLA(LinearMixer):
                 query, masked_key, value, decay=decay, scale=self.head_dim**-0.5, min_decay=self.min_decay,
                 initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
             )  # fmt: skip
+        elif recurrent_state is None:
+            recurrent_state = empty_state(self, query)
         output, window_state = self.output_stage(
             recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),
             inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        return output, (*window_state, *(() if recurrent_state is None else (recurrent_state,)))
+        return output, (*window_state, recurrent_state)

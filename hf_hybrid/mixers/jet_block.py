@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..ops import gated_delta_rule
 from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, check_int, register_mixer
 from .delta import HeadGates
-from .gates import OutputStage, masked
+from .gates import OutputStage, empty_state, masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +90,13 @@ class JetBlock(LinearMixer):
                 query, key, mixed_value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True,
                 initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
             )  # fmt: skip
+        elif recurrent_state is None:
+            recurrent_state, past_values = empty_state(self, query), self.convolution.empty_past(value)
         output, window_state = self.output_stage(
             recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),
             inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        return output, (*window_state, *(() if recurrent_state is None else (past_values, recurrent_state)))
+        return output, (*window_state, past_values, recurrent_state)
 
 
 class DynamicConvolution(nn.Module):
@@ -124,6 +126,9 @@ class DynamicConvolution(nn.Module):
             self.bias.zero_()
             self.bias[0] = 1.0  # tap 0 is the current token
 
+    def empty_past(self, value):
+        return value.new_zeros(value.shape[0], self.kernel_size - 1, *self.shape)
+
     def forward(self, value, hidden_states, valid, past):
         """
         Args:
@@ -137,7 +142,7 @@ class DynamicConvolution(nn.Module):
         """
         (value,) = masked(valid, value)
         if past is None:
-            past = value.new_zeros(value.shape[0], self.kernel_size - 1, *self.shape)
+            past = self.empty_past(value)
         length = value.shape[1]
         padded = torch.cat([past.to(value.dtype), value], dim=1)
         generated = F.linear(F.silu(F.linear(hidden_states.to(self.down.dtype), self.down)), self.up)

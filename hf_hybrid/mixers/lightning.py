@@ -6,7 +6,7 @@ import torch
 
 from ..ops import gated_linear_attention
 from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, register_mixer
-from .gates import OutputStage, masked
+from .gates import OutputStage, empty_state, masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,10 @@ class Lightning(LinearMixer):
                 query, masked_key, value, decay=decay, scale=self.head_dim**-0.5, initial_state=recurrent_state,
                 output_final_state=True, inplace_final_state=inplace_final_state,
             )  # fmt: skip
+        elif recurrent_state is None:
+            recurrent_state = empty_state(self, query)
         output, window_state = self.output_stage(
             recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),
             inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        return output, (*window_state, *(() if recurrent_state is None else (recurrent_state,)))
+        return output, (*window_state, recurrent_state)

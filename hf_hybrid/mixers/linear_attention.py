@@ -5,7 +5,14 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..ops import LinearPart, WindowState, bidirectional_linear_attention, linear_attention, window_attention
+from ..ops import (
+    LinearPart,
+    WindowState,
+    bidirectional_linear_attention,
+    empty_window_state,
+    linear_attention,
+    window_attention,
+)
 from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_int, check_window, register_mixer
 from .feature_maps import get_feature_map
 
@@ -88,10 +95,18 @@ class LinearAttention(LinearMixer):
             )  # fmt: skip
             if not self.window_size:
                 return output, (recurrent_state,)
+            window_state = window_state or tuple(
+                empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4]
+            )
             return output + 0.0 * self.log_weight.sum().to(output.dtype), (*window_state, recurrent_state)
         output, final = window_attention(
             query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.head_dim**-0.5,
             linear=LinearPart(**maps, log_weight=self.log_weight) if "state" in parts else None, valid=valid,
             state=WindowState(*window_state, recurrent_state) if window_state else None, inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        return output, tuple(x for x in final if x is not None)
+        if final.recurrent is not None:
+            recurrent_state = final.recurrent
+        elif recurrent_state is None:  # left out
+            shape = (query.shape[0], self.num_key_value_heads, self.feature_map_k.output_dim, self.value_dim + 1)
+            recurrent_state = query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+        return output, (*final[:4], recurrent_state)

@@ -8,13 +8,14 @@ from .dispatch import (
     window_attention,
 )
 from .matmul import fast_fp32_matmul
-from .naive import LinearPart, WindowState
+from .naive import LinearPart, WindowState, empty_window_state
 
 
 __all__ = [
     "LinearPart",
     "WindowState",
     "bidirectional_linear_attention",
+    "empty_window_state",
     "fast_fp32_matmul",
     "gated_delta_rule",
     "gated_linear_attention",

@@ -1,0 +1,182 @@
+"""Starting values read off the pretrained layers."""
+
+import pytest
+import torch
+
+from hf_hybrid import HybridTrainer, LinearAttentionConfig, calibrate_mixers, convert_to_hybrid
+from hf_hybrid.attention import is_hybrid_attention
+from hf_hybrid.calibration import look_back_histogram, median_distance
+from hf_hybrid.distillation import prepare_distillation_
+from hf_hybrid.errors import HybridConfigError
+from hf_hybrid.mixers import INITIALIZATIONS, GatedDeltaNetConfig, GLAConfig, LightningConfig, build_mixer
+
+from conftest import token_dataset
+from helpers import assert_close, toy_arguments
+from tiny_models import tiny_model
+
+
+SIZES = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "value_dim": 8, "hidden_size": 32, "causal": True}
+
+
+def batches(count=2, rows=2, length=24):
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(5, 99, (rows, length), generator=generator)} for _ in range(count)]
+
+
+def mixers_of(model):
+    return [module.hybrid for module in model.modules() if is_hybrid_attention(module)]
+
+
+def test_the_look_back_of_known_attention_is_found():
+    """A head that attends to the token three positions back, and one that attends to itself."""
+    mixer = build_mixer(LightningConfig(window_size=0), **{**SIZES, "num_heads": 2})
+    position = torch.eye(16)[None]  # [1, T, 16]
+    key = (30 * position).unsqueeze(2).expand(-1, -1, 2, -1)
+    query = torch.stack([30 * torch.roll(position, -3, dims=-1), 30 * position], dim=2)
+    query[:, :, 0] = 30 * torch.cat([position[:, :3], position[:, :-3]], dim=1)
+    histogram = look_back_histogram(mixer, query, key, key, None, None)
+    assert histogram.shape == (2, 16)
+    assert histogram[0].argmax() == 3
+    assert histogram[1].argmax() == 0
+    assert_close("mass", histogram.sum(-1), torch.full((2,), 16.0), 1e-5)
+    distances = median_distance(histogram)
+    assert 3 <= distances[0] <= 4
+    assert distances[1] == 1.0  # the least there is
+
+
+def test_median_distance_interpolates():
+    flat = torch.ones(1, 10)
+    assert_close("flat", median_distance(flat), torch.tensor([5.0]), 1e-6)
+    assert_close("steep", median_distance(torch.tensor([[0.0, 0.0, 4.0, 4.0]])), torch.tensor([3.0]), 1e-6)
+
+
+@pytest.mark.parametrize(
+    "config", [GLAConfig(window_size=0), GatedDeltaNetConfig(window_size=0, state_per_query_head=True)]
+)
+def test_decays_start_at_the_measured_half_life(config):
+    mixer = build_mixer(config, **SIZES)
+    mixer.init_weights()
+    half_lives = torch.tensor([3.0, 40.0] if mixer.num_states == 2 else [3.0, 10.0, 40.0, 200.0])
+    mixer.set_half_lives(half_lives)
+    hidden = torch.zeros(1, 1, 32)  # nothing data-dependent
+    if config.name == "gla":
+        decay = torch.nn.functional.logsigmoid(mixer.decay(hidden)).unflatten(-1, (2, 8)).mean(-1) / mixer.temperature
+    else:
+        decay = mixer.gates(hidden, None)[0]
+    assert_close("half", decay[0, 0].exp() ** half_lives, torch.full_like(half_lives, 0.5), 1e-5)
+
+
+def test_calibration_brings_the_students_closer_on_a_real_layer():
+    """On a toy model and before any training: every step helps, and the two together most."""
+    losses = {}
+    for names in ((), ("half_lives",), ("output_scale",), ("half_lives", "output_scale")):
+        model = prepare_distillation_(tiny_model(), GatedDeltaNetConfig(window_size=0))
+        calibrate_mixers(model, batches(), **{name: name in names for name in ("half_lives", "output_scale")})
+        model.train()
+        losses[names] = model(**batches(1, rows=8)[0])["loss"].item()
+    assert losses[("output_scale",)] < losses[()]
+    assert losses[("half_lives", "output_scale")] < losses[("half_lives",)]
+    assert losses[("half_lives", "output_scale")] < losses[()]
+
+
+def test_a_converted_model_can_be_calibrated_and_stays_in_its_mode():
+    model = convert_to_hybrid(tiny_model(), GLAConfig())
+    before = [mixer.output_stage.weight.clone() for mixer in mixers_of(model)]
+    calibrate_mixers(model, batches())
+    assert not model.training
+    assert all(mixer.ablated is None for mixer in mixers_of(model))
+    for old, mixer in zip(before, mixers_of(model), strict=True):
+        assert not torch.equal(old, mixer.output_stage.weight)
+        assert (mixer.output_stage.weight >= 0.1).all()
+        assert (mixer.output_stage.weight <= 10.0).all()
+
+
+def test_padding_does_not_count():
+    """Left padding and other lengths leave the measured values as they are."""
+    row = torch.randint(5, 99, (1, 20), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), row], dim=1)
+    mask = torch.cat([torch.zeros(1, 7, dtype=torch.long), torch.ones_like(row)], dim=1)
+    values = []
+    for batch in ({"input_ids": row}, {"input_ids": padded, "attention_mask": mask}):
+        # without a window: its sinks would be padding, which is taken out, in one case, and tokens in the other
+        model = convert_to_hybrid(tiny_model(), GatedDeltaNetConfig(window_size=0))
+        calibrate_mixers(model, [batch])
+        values.append([(m.gates.decay_bias.clone(), m.output_stage.weight.clone()) for m in mixers_of(model)])
+    for plain, other in zip(*values, strict=True):
+        for x, y in zip(plain, other, strict=True):
+            assert_close("value", y, x, 1e-4)
+
+
+def test_mixers_without_gates_are_left_alone():
+    model = convert_to_hybrid(tiny_model(), LinearAttentionConfig(window_size=4))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    calibrate_mixers(model, batches())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_bad_calls_say_what_is_wrong():
+    with pytest.raises(
+        HybridConfigError, match="the model has no mixers. Call prepare_distillation_ or convert_to_hybrid"
+    ):
+        calibrate_mixers(tiny_model(), batches())
+    with pytest.raises(HybridConfigError, match="batches is empty"):
+        calibrate_mixers(convert_to_hybrid(tiny_model(), "gla"), [])
+
+
+def test_each_starting_value_can_be_left_out():
+    def start(config, without):
+        mixer = build_mixer(config, **SIZES)
+        torch.manual_seed(0)
+        mixer.init_weights([name for name in INITIALIZATIONS if name != without])
+        return mixer
+
+    linear = LinearAttentionConfig(window_size=4)
+    assert torch.equal(start(linear, None).feature_map_k.weight[0], torch.eye(8))
+    assert not torch.equal(start(linear, "identity_maps").feature_map_k.weight[0], torch.eye(8))
+    assert (start(linear, None).log_weight == -4.0).all()
+    assert (start(linear, "quiet_state").log_weight == 0.0).all()
+    gated = GatedDeltaNetConfig()
+    quiet, loud = (start(gated, without).output_stage.gate.up.std() for without in (None, "neutral_gates"))
+    assert loud > 10 * quiet
+    assert (start(gated, "quiet_state").output_stage.state_logit == 0.0).all()
+
+
+def test_the_trainer_calibrates_fresh_students_and_only_those(tmp_path):
+    def decays(trainer):
+        return torch.stack(
+            [site.student.hybrid.gates.decay_bias.detach().clone() for site in trainer.distill_sites.values()]
+        )
+
+    def new_trainer(folder, **arguments):
+        return HybridTrainer(
+            tiny_model(), "gated_delta_net", toy_arguments(folder, max_steps=1, learning_rate=0.0, **arguments),
+            train_dataset=token_dataset(16),
+        )  # fmt: skip
+
+    trainer = new_trainer(tmp_path / "with")
+    fresh = decays(trainer)
+    trainer.train()
+    assert not torch.equal(decays(trainer), fresh)
+    calibrated = decays(trainer)
+    trainer.args.output_dir = str(tmp_path / "again")
+    trainer.train()  # goes on from what was learnt
+    assert torch.equal(decays(trainer), calibrated)
+
+    trainer = new_trainer(tmp_path / "without", initialization=["identity_maps"])
+    fresh = decays(trainer)
+    trainer.train()
+    assert torch.equal(decays(trainer), fresh)
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(
+        HybridConfigError, match="initialization must name some of .*; got 'half_life'. Did you mean 'half_lives'"
+    ):
+        toy_arguments(tmp_path, initialization=["half_life"])
+    with pytest.raises(HybridConfigError, match="calibration_batches must be at least 1; got 0. To do without"):
+        toy_arguments(tmp_path, calibration_batches=0)
+    with pytest.raises(HybridConfigError, match=r"window_dropout must be in \[0, 1\); got 1.0"):
+        toy_arguments(tmp_path, window_dropout=1.0)
+    with pytest.raises(HybridConfigError, match="got 'gate'"):
+        prepare_distillation_(tiny_model(), "gla", initialization=["gate"])
