@@ -11,6 +11,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
+from .ablation import ablate, state_share
 from .bank import load_mixer_bank
 from .cache import cache_bytes
 from .callbacks import GreedyLayerSwapCallback
@@ -138,6 +139,25 @@ class ConvertArguments:
 
 
 @dataclass
+class AblationArguments:
+    """Text to measure on."""
+
+    eval_dataset: str = field(metadata={"help": "Name on the Hub, or a .txt, .json, .jsonl, .csv or .parquet file."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a dataset from the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    max_examples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
+    eval_length: int = field(default=1024, metadata={"help": "Tokens per sequence."})
+
+    def rows(self) -> list[str]:
+        data = load_rows(self.eval_dataset, self.eval_split)
+        if self.text_column not in data.column_names:
+            raise DatasetError(
+                f"{self.eval_dataset} has no column {self.text_column!r}; it has {', '.join(data.column_names)}."
+            )
+        return data[self.text_column][: self.max_examples]
+
+
+@dataclass
 class BenchmarkArguments:
     """What to time."""
 
@@ -241,6 +261,21 @@ def evaluate(model: ModelArguments, task: TaskArguments) -> None:
     )
 
 
+def ablation(model: ModelArguments, text: AblationArguments) -> None:
+    """What the states of a hybrid with windows contribute: their share of each layer's output, and perplexity without them."""
+    loaded, tokenizer = model.load(), model.tokenizer()
+    ids = torch.tensor(pack_text(text.rows(), tokenizer, text.eval_length, text.eval_dataset)["input_ids"])
+    shares = state_share(loaded, [{"input_ids": row[None].to(loaded.device)} for row in ids])
+    table = Table("layer", "share of the state", title=model.model, title_justify="left")
+    for name, share in shares.items():
+        table.add_row(name.removesuffix(".hybrid"), f"{share:.1%}")
+    console.print(table)
+    console.print(f"perplexity {perplexity(loaded, ids):.3f} over {ids.numel():,} tokens of {text.eval_dataset}")
+    for part, left in (("state", "only windows and sinks"), ("window", "only states")):
+        with ablate(loaded, part):
+            console.print(f"perplexity {perplexity(loaded, ids):.3f} with {left}")
+
+
 def benchmark(model: ModelArguments, options: BenchmarkArguments) -> None:
     """Prefill and decode time and cache bytes of a hybrid beside its teacher's."""
     hybrid = model.load()
@@ -316,6 +351,7 @@ def _commands() -> dict[str, tuple[Callable, list[type]]]:
         "search": (search, [HybridTrainingArguments, ModelArguments, TaskArguments, SearchArguments]),
         "convert": (convert, [ModelArguments, MixerArguments, ConvertArguments]),
         "evaluate": (evaluate, [ModelArguments, TaskArguments]),
+        "ablate": (ablation, [ModelArguments, AblationArguments]),
         "benchmark": (benchmark, [ModelArguments, BenchmarkArguments]),
         "inspect": (inspect, [ModelArguments, MixerArguments]),
         "demo": (demo, [DemoArguments]),

@@ -41,6 +41,21 @@ QUICK = [
 ]
 
 
+def test_ablate(teacher, capsys):
+    rows, out = teacher / "rows.jsonl", teacher / "hybrid"
+    assert run("convert", teacher / "teacher", "--window_size", 4, "--output_dir", out) == 0
+    capsys.readouterr()
+    assert run("ablate", out, "--eval_dataset", rows, "--eval_length", 24, "--max_examples", 20) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("%") == 3  # one share per layer
+    assert "with only windows and sinks" in printed
+    assert "with only states" in printed
+    assert run("ablate", out, "--eval_dataset", rows, "--text_column", "txt") == 1
+    assert "has no column 'txt'; it has text, label." in capsys.readouterr().err
+    assert run("ablate", teacher / "teacher", "--eval_dataset", rows, "--eval_length", 24) == 1
+    assert "no mixer with both a window and a state" in capsys.readouterr().err
+
+
 def test_distill_search_evaluate_benchmark(teacher, capsys):
     bank, out, rows = teacher / "bank", teacher / "hybrid", teacher / "rows.jsonl"
     model = teacher / "teacher"
