@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test test-fast quality style docs bench clean
+.PHONY: demo demo-quick test test-fast test-fla quality style docs bench clean
 
 $(INSTALLED): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,12 @@ test: $(INSTALLED) quality
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
+# every op that maps to a flash-linear-attention kernel, on a CPU through Triton's interpreter; in an environment of its own (2 GB)
+test-fla:
+	$(MAKE) VENV=.venv-fla .venv-fla/.installed
+	.venv-fla/bin/python -m pip install --quiet --constraint constraints.txt triton flash-linear-attention
+	.venv-fla/bin/python -m pytest tests/ops/test_fla.py
+
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +49,8 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
 	$(BIN)/python benchmarks/distillation_step.py --output benchmarks/results/distillation_step.json
+	$(BIN)/python benchmarks/initialization.py --output benchmarks/results/initialization.json
+	$(BIN)/python benchmarks/ops.py --json benchmarks/results/ops.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -31,7 +31,7 @@ from hf_hybrid.ops import fast_fp32_matmul
 
 LENGTH, LAYERS = 512, "3,8,13,18,23,28"
 MIXERS = {
-    "linear_attention, no window": (LinearAttentionConfig(window_size=0), ("identity_maps",)),
+    "linear_attention, no window": (LinearAttentionConfig(window_size=0), ("identity_maps", "output_scale")),
     "linear_attention": (LinearAttentionConfig(), ("identity_maps", "quiet_state")),
     "lightning, no window": (LightningConfig(window_size=0), ("output_scale", "neutral_gates")),
     "gla, no window": (GLAConfig(window_size=0), ("half_lives", "output_scale", "neutral_gates")),

@@ -32,7 +32,7 @@ def calibrate_mixers(
     - `half_lives`: a decay forgets one half in as many tokens as hold one half of what the layer's softmax looks at, per state, sinks left out:
       `softplus(bias) = ln 2 / d` (`gla`, `gated_delta_net`, `kimi_delta`, `jet_block`).
     - `output_scale`: the state's output is multiplied, per query head, by the least-squares factor between it and the softmax's output,
-      $\\langle y_T, y_S \\rangle / \\langle y_S, y_S \\rangle$, kept within [0.1, 10] (every mixer with an output stage).
+      $\\langle y_T, y_S \\rangle / \\langle y_S, y_S \\rangle$, kept within [0.1, 10] (the mixers above, `lightning`, and `linear_attention` without a window).
 
     Mixers that have neither are left as they are.
 
@@ -57,12 +57,10 @@ def calibrate_mixers(
         for mixer, histogram in zip(decaying, _observe(model, decaying, batches, look_back_histogram), strict=True):
             per_state = histogram.view(mixer.num_states, -1, histogram.shape[-1]).sum(1)
             mixer.set_half_lives(median_distance(per_state).to(next(mixer.parameters()).device))
-    scaled = [mixer for mixer in mixers if hasattr(mixer, "output_stage")]
+    scaled = [mixer for mixer in mixers if hasattr(mixer, "scale_output")]
     if output_scale and scaled:
         for mixer, sums in zip(scaled, _observe(model, scaled, batches, _least_squares_sums), strict=True):
-            factor = (sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE)
-            with torch.no_grad():
-                mixer.output_stage.weight.mul_(factor.to(mixer.output_stage.weight)[:, None])
+            mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
 
 
 def _observe(model, mixers, batches, statistic):
@@ -99,12 +97,13 @@ def _observe(model, mixers, batches, statistic):
     return [totals[id(mixer)] for mixer in mixers]
 
 
-def _softmax_weights(query, key, valid):
-    """Causal attention weights of all tokens, `[B, H, T, T]` fp32; rows of tokens that do not exist are zero."""
+def _softmax_weights(query, key, valid, causal=True):
+    """Attention weights of all tokens, `[B, H, T, T]` fp32; rows of tokens that do not exist are zero."""
     length, groups = query.shape[1], query.shape[2] // key.shape[2]
     query, key = query.float().transpose(1, 2), key.float().transpose(1, 2).repeat_interleave(groups, dim=1)
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
+    seen = seen.tril() if causal else seen
     if valid is not None:
         seen = seen & valid[:, None, None, :]
     weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
@@ -139,7 +138,7 @@ def median_distance(histogram: torch.Tensor) -> torch.Tensor:
 def _least_squares_sums(mixer, query, key, value, hidden_states, valid):
     """`[2, H]`: sums over tokens of $\\langle y_T, y_S \\rangle$ and $\\langle y_S, y_S \\rangle$."""
     groups = query.shape[2] // key.shape[2]
-    weights = _softmax_weights(query, key, valid)
+    weights = _softmax_weights(query, key, valid, mixer.causal)
     target = (weights @ value.float().transpose(1, 2).repeat_interleave(groups, dim=1)).transpose(1, 2)
     before, mixer.ablated = mixer.ablated, "window"
     try:

@@ -107,7 +107,21 @@ def test_padding_does_not_count():
             assert_close("value", y, x, 1e-4)
 
 
-def test_mixers_without_gates_are_left_alone():
+def test_a_purely_linear_layer_is_brought_to_the_scale_of_its_softmax():
+    model = convert_to_hybrid(tiny_model(), LinearAttentionConfig(window_size=0))
+    calibrate_mixers(model, batches())
+    for mixer in mixers_of(model):
+        assert not (mixer.output_scale == 1.0).any()
+    bidirectional = build_mixer(LinearAttentionConfig(), **{**SIZES, "causal": False})
+    bidirectional.init_weights()
+    tensors = [torch.randn(1, 9, *size) for size in ((4, 8), (2, 8), (2, 8))]
+    before = bidirectional(*tensors)[0]
+    bidirectional.scale_output(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    factors = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
+    assert_close("scaled", bidirectional(*tensors)[0], before * factors, 1e-6)
+
+
+def test_mixers_that_need_none_are_left_alone():
     model = convert_to_hybrid(tiny_model(), LinearAttentionConfig(window_size=4))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     calibrate_mixers(model, batches())

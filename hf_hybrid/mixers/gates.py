@@ -88,6 +88,11 @@ class OutputStage(nn.Module):
         if self.gate is not None:
             self.gate.init_weights(small="neutral_gates" in initialization)
 
+    def scale_by(self, factors: torch.Tensor) -> None:
+        """Multiply what comes of the recurrence, per query head, `[H]`."""
+        with torch.no_grad():
+            self.weight.mul_(factors.to(self.weight)[:, None])
+
     def recurrent_part(self, recurrent, hidden_states):
         """`[B, T, H, V]` of the recurrence and `[B, T, D]` -> `[B, T, H, V]`."""
         output = recurrent * torch.rsqrt(recurrent.float().square().mean(-1, keepdim=True) + 1e-6).to(recurrent.dtype)

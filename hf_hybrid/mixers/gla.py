@@ -77,6 +77,10 @@ class GLA(LinearMixer):
         rate = math.log(2.0) * self.temperature / half_lives.view(self.num_states, -1).expand(-1, self.head_dim)
         self.decay.set_bias(-inverse_softplus(rate).flatten())
 
+    def scale_output(self, factors) -> None:
+        """Multiply the output of the state, per query head, `[H]`."""
+        self.output_stage.scale_by(factors)
+
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         *window_state, recurrent_state = state if state else (None,)
         parts, recurrent = self.active_parts(), None

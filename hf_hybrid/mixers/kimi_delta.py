@@ -72,6 +72,10 @@ class KimiDelta(LinearMixer):
         """Start the decays at one half every `half_lives` tokens, `[H_s]` or `[H_s, K]`."""
         self.gates.set_half_lives(half_lives)
 
+    def scale_output(self, factors) -> None:
+        """Multiply the output of the state, per query head, `[H]`."""
+        self.output_stage.scale_by(factors)
+
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         *window_state, recurrent_state = state if state else (None,)
         parts, recurrent = self.active_parts(), None

@@ -65,6 +65,10 @@ class Lightning(LinearMixer):
     def init_weights(self, initialization=INITIALIZATIONS) -> None:
         self.output_stage.init_weights(initialization)
 
+    def scale_output(self, factors) -> None:
+        """Multiply the output of the state, per query head, `[H]`."""
+        self.output_stage.scale_by(factors)
+
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         *window_state, recurrent_state = state if state else (None,)
         parts, recurrent = self.active_parts(), None

@@ -44,7 +44,8 @@ class LinearAttentionConfig(MixerConfig):
 @register_mixer
 class LinearAttention(LinearMixer):
     r"""
-    $S_t = S_{t-1} + \phi(k_t)\,[v_t, 1]^\top$, $[n_t, d_t] = \phi(q_t)^\top S_t$, $o_t = n_t / d_t$.
+    $S_t = S_{t-1} + \phi(k_t)\,[v_t, 1]^\top$, $[n_t, d_t] = \phi(q_t)^\top S_t$, $o_t = c\, n_t / d_t$ with one learned factor $c$ per query head, started
+    at 1 or by calibration.
 
     With a window $\mathcal{W}_t$ (last `window_size` tokens and sinks) the state holds only what left the window, and
     $$o_t = \frac{\sum_{j \in \mathcal{W}_t} e^{s_{tj} - m_t} v_j + e^{a}\, \phi(q_t)^\top S_{t-w}^{(v)}}{\sum_{j \in \mathcal{W}_t} e^{s_{tj} - m_t} + e^{a}\, \phi(q_t)^\top S_{t-w}^{(1)}},
@@ -72,20 +73,32 @@ class LinearAttention(LinearMixer):
         make = get_feature_map(feature_map)
         self.feature_map_q = make(self.num_heads, self.head_dim, feature_dim)
         self.feature_map_k = make(self.num_key_value_heads, self.head_dim, feature_dim)
-        # a purely linear layer has nothing to weigh against: a parameter it does not use would break DDP
+        # the state is weighed against the window or, without one, brought to the softmax's scale: a parameter that is not used would break DDP
         self.log_weight = nn.Parameter(torch.empty(self.num_heads)) if self.window_size else None
+        self.output_scale = None if self.window_size else nn.Parameter(torch.empty(self.num_heads))
 
     def init_weights(self, initialization=INITIALIZATIONS) -> None:
         for feature_map in (self.feature_map_q, self.feature_map_k):
             feature_map.init_weights(identity="identity_maps" in initialization)
-        if self.log_weight is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if self.log_weight is not None:
                 self.log_weight.fill_(self.quiet_log_weight if "quiet_state" in initialization else 0.0)
+            if self.output_scale is not None:
+                self.output_scale.fill_(1.0)
+
+    def scale_output(self, factors: torch.Tensor) -> None:
+        """Multiply the output of each query head, `[H]`. Beside a window the shared normaliser sees to the scale."""
+        if self.output_scale is not None:
+            with torch.no_grad():
+                self.output_scale.mul_(factors.to(self.output_scale))
+
+    def _scaled(self, output):
+        return output * self.output_scale.to(output.dtype).unsqueeze(-1)
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         maps = {"feature_map_q": self.feature_map_q, "feature_map_k": self.feature_map_k}
         if not self.causal:
-            return bidirectional_linear_attention(query, key, value, valid=valid, **maps), ()
+            return self._scaled(bidirectional_linear_attention(query, key, value, valid=valid, **maps)), ()
         window_state, recurrent_state = (state[:-1], state[-1]) if state else ((), None)
         parts = self.active_parts()
         if "window" not in parts:
@@ -94,7 +107,7 @@ class LinearAttention(LinearMixer):
                 inplace_final_state=inplace_final_state, **maps,
             )  # fmt: skip
             if not self.window_size:
-                return output, (recurrent_state,)
+                return self._scaled(output), (recurrent_state,)
             window_state = window_state or tuple(
                 empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4]
             )
