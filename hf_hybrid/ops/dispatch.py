@@ -52,11 +52,7 @@ def gated_linear_attention(query, key, value, *, decay, inplace_final_state=Fals
     if backend == "fla":
         return _fla_gated(query, key, value, decay=decay, **kwargs)
     state = kwargs.get("initial_state")
-    if (
-        backend == "cpp"
-        and cpp.can_run(query, key, value, decay, state)
-        and not _needs_grad(query, key, value, decay, state)
-    ):
+    if backend == "cpp" and cpp.can_run(query, key, value, decay, state):
         return cpp.gated(query, key, value, decay=decay, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
         inplace = inplace_final_state and state is not None
@@ -70,8 +66,7 @@ def gated_delta_rule(query, key, value, *, decay, beta, inplace_final_state=Fals
     if backend == "fla":
         return _fla_gated(query, key, value, decay=decay, beta=beta, **kwargs)
     state = kwargs.get("initial_state")
-    inputs = (query, key, value, decay, beta, state)
-    if backend == "cpp" and cpp.can_run(*inputs) and not _needs_grad(*inputs):
+    if backend == "cpp" and cpp.can_run(query, key, value, decay, beta, state):
         return cpp.gated(query, key, value, decay=decay, beta=beta, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
         inplace = inplace_final_state and state is not None

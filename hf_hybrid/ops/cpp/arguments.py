@@ -18,6 +18,15 @@ def view(x: torch.Tensor) -> View:
     return View(x.data_ptr(), *x.stride()[:3])
 
 
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """Last axis dense, as a kernel reads it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def whole(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -48,8 +57,11 @@ class GatedArguments(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("min_decay", ctypes.c_float),
         *((name, View) for name in ("query", "key", "value", "output", "decay", "beta")),
-        ("initial_state", pointer),
-        ("final_state", pointer),
+        *((name, pointer) for name in ("initial_state", "final_state", "block_states")),
+        *((name, View) for name in (
+            "grad_output", "grad_query", "grad_key", "grad_value", "grad_decay", "grad_beta",
+        )),
+        *((name, pointer) for name in ("grad_final_state", "grad_initial_state")),
     ]  # fmt: skip
 
 
@@ -94,6 +106,7 @@ SIGNATURES = {
     "bidirectional_forward": [ctypes.POINTER(LinearArguments)],
     "linear_backward": [ctypes.POINTER(LinearArguments)],
     "gated_forward": [ctypes.POINTER(GatedArguments)],
+    "gated_backward": [ctypes.POINTER(GatedArguments)],
     "window_forward": [ctypes.POINTER(WindowArguments)],
     "window_step": [ctypes.POINTER(WindowArguments)],
     "linear_step": [ctypes.POINTER(LinearStep), *[pointer] * 9],

@@ -61,6 +61,12 @@ void hf_hybrid_gated_forward(const GatedArguments* a) {
   });
 }
 
+void hf_hybrid_gated_backward(const GatedArguments* a) {
+  for_each_in_kind(a->batch, a->state_heads, a->threads, a->dtype, false, [a](auto number, auto, auto b, auto head, Arena& arena) {
+    gated_backward_task<decltype(number)>(*a, b, head, arena);
+  });
+}
+
 void hf_hybrid_window_forward(const WindowArguments* a) {
   const LinearArguments& c = a->common;
   for_each_in_kind(c.batch, c.kv_heads, c.threads, c.dtype, true, [a](auto number, auto products, auto b, auto head, Arena& arena) {

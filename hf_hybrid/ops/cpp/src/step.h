@@ -91,8 +91,8 @@ static void gated_step(const GatedStep& a, const void* query, const void* key, c
     load_row(static_cast<const T*>(value) + kv * v, v, written, padded(v));
     for (index g = 0; g < groups; g++) load_row(static_cast<const T*>(query) + (b * a.heads + state_head * groups + g) * k, k, queries + g * ldk, padded(k));
     if (a.l2norm) {
-      l2_normalize(1, keys, ldk);
-      l2_normalize(groups, queries, ldk);
+      l2_normalize(1, keys, ldk, nullptr);
+      l2_normalize(groups, queries, ldk, nullptr);
     }
     for (index j = 0; j < ldk; j += W) {
       vec g = splat(0.0f);
