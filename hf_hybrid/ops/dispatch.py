@@ -97,7 +97,7 @@ def window_attention(
     maps = (None, None) if linear is None else (linear.feature_map_q, linear.feature_map_k)
     if backend == "cpp" and cpp.can_run(*inputs, valid, feature_maps=maps):
         weights = () if linear is None else (linear.log_weight, *maps[0].weights(), *maps[1].weights())
-        if not _needs_grad(*inputs, *weights):
+        if state is None or not _needs_grad(*inputs, *weights):
             return cpp.window_attention(
                 query, key, value, state=state, valid=valid, inplace_final_state=inplace_final_state, **kwargs
             )

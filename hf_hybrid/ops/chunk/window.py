@@ -34,7 +34,7 @@ def chunk_window_attention(
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if state is not None:
         state = in_order(state, num_sinks)
-    sinks, final = _advance(key, value, valid, state, window_size, num_sinks)
+    sinks, final = advance_window(key, value, valid, state, window_size, num_sinks)
     settings = {"window_size": window_size, "scale": scale, "linear": linear, "chunk_size": chunk_size}
     if differentiable or query.is_cuda:
         output, recurrent = _batched_form(query, key, value, valid, state, sinks, linear_form=linear_form, **settings)
@@ -43,7 +43,7 @@ def chunk_window_attention(
     return output, final._replace(recurrent=recurrent)
 
 
-def _advance(key, value, valid, state, window_size, num_sinks):
+def advance_window(key, value, valid, state, window_size, num_sinks):
     """
     Sort the new tokens into sinks and window.
 

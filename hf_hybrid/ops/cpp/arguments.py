@@ -97,6 +97,7 @@ class WindowArguments(ctypes.Structure):
         ("log_weight", pointer),
         ("before", WindowState),
         ("after", WindowState),
+        ("grad_log_weight", pointer),
     ]
 
 
@@ -108,6 +109,7 @@ SIGNATURES = {
     "gated_forward": [ctypes.POINTER(GatedArguments)],
     "gated_backward": [ctypes.POINTER(GatedArguments)],
     "window_forward": [ctypes.POINTER(WindowArguments)],
+    "window_backward": [ctypes.POINTER(WindowArguments)],
     "window_step": [ctypes.POINTER(WindowArguments)],
     "linear_step": [ctypes.POINTER(LinearStep), *[pointer] * 9],
     "gated_step": [ctypes.POINTER(GatedStep), *[pointer] * 8],

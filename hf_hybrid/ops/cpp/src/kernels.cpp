@@ -69,8 +69,17 @@ void hf_hybrid_gated_backward(const GatedArguments* a) {
 
 void hf_hybrid_window_forward(const WindowArguments* a) {
   const LinearArguments& c = a->common;
-  for_each_in_kind(c.batch, c.kv_heads, c.threads, c.dtype, true, [a](auto number, auto products, auto b, auto head, Arena& arena) {
+  // the backward pass goes on from states of the forward's: they must have taken in the same keys, whatever the chunks of either
+  const bool may_round = !c.block_states || a->window % 32 == 0;
+  for_each_in_kind(c.batch, c.kv_heads, c.threads, c.dtype, may_round, [a](auto number, auto products, auto b, auto head, Arena& arena) {
     window_forward_task<decltype(number), decltype(products)>(*a, b, head, arena);
+  });
+}
+
+void hf_hybrid_window_backward(const WindowArguments* a) {
+  const LinearArguments& c = a->common;
+  for_each_in_kind(c.batch, c.kv_heads, c.threads, c.dtype, false, [a](auto number, auto, auto b, auto head, Arena& arena) {
+    window_backward_task<decltype(number)>(*a, b, head, arena);
   });
 }
 

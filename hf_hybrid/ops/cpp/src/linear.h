@@ -257,6 +257,16 @@ static void grad_of_sums(const LinearArguments& a, index b, index t, index head,
   }
 }
 
+// Gradients of the maps' weights, padded, the key-value head's first: to where each sequence has its own.
+static void store_grad_weights(const LinearArguments& a, index b, index kv_head, bool has_weight, const float* grad_weights) {
+  if (!has_weight) return;
+  const index groups = a.heads / a.kv_heads, size = a.key_dim * a.projected_dim, ldp = padded(a.projected_dim), weight = padded(a.key_dim) * ldp;
+  for (index g = 0; g <= groups; g++) {
+    float* to = g ? a.grad_weight_q + (b * a.heads + kv_head * groups + g - 1) * size : a.grad_weight_k + (b * a.kv_heads + kv_head) * size;
+    for (index i = 0; i < a.key_dim; i++) std::memcpy(to + i * a.projected_dim, grad_weights + g * weight + i * ldp, a.projected_dim * sizeof(float));
+  }
+}
+
 // One pass over the blocks from the back. The forward pass left the state before every block; from there the states before its chunks are made
 // again, and features and scores as well: nothing per chunk is kept.
 template <typename T>
@@ -336,12 +346,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
     }
   }
   if (a.grad_initial_state) pack_state(a.grad_initial_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
-  if (!map_k.has_weight()) return;
-  const index size = a.key_dim * a.projected_dim;
-  for (index g = 0; g <= groups; g++) {
-    float* to = g ? a.grad_weight_q + (b * a.heads + kv_head * groups + g - 1) * size : a.grad_weight_k + head_at * size;
-    for (index i = 0; i < a.key_dim; i++) std::memcpy(to + i * a.projected_dim, grad_weights + g * weight + i * ldp, a.projected_dim * sizeof(float));
-  }
+  store_grad_weights(a, b, kv_head, map_k.has_weight(), grad_weights);
 }
 
 }  // namespace hf_hybrid

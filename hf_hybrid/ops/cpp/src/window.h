@@ -21,6 +21,7 @@ struct WindowArguments {  // mirrored in arguments.py
   float score_scale;
   const float* log_weight;  // [H]; null: no linear part
   WindowState before, after;  // before.key is null at the start of a sequence
+  float* grad_log_weight;     // of the backward pass, which takes whole sequences only: [B, H]
 };
 
 constexpr float NOTHING = -3e38f;  // score of a key that is not there
@@ -81,6 +82,46 @@ static void advance(const WindowArguments& a, const Sorted& sorted, index kv_hea
   }
   int64_t* counts = a.after.counts + b * 3;
   counts[0] = 0, counts[1] = sorted.found, counts[2] = run;
+}
+
+struct Lanes {
+  ivec lane;
+  Lanes() {
+    for (int l = 0; l < W; l++) lane[l] = l;
+  }
+  ivec before(index first, index end) const { return lane + int32_t(first) < ivec{} + int32_t(end); }
+};
+
+// Exponential weights of one row of scores: `lds` sinks, then C keys each of `blocks` blocks, `block(n)` telling where the n-th begins and which of its
+// keys are to be seen. `query` is the row's position.
+template <index C, class Block>
+static void exact_weights(const WindowArguments& a, const Sorted& sorted, index query, index lds, index blocks, Block block, float* row) {
+  static const Lanes lanes;
+  vec top = splat(NOTHING);
+  for (index j = 0; j < lds; j += W) {
+    vec score = load(row + j) * a.score_scale;
+    for (index l = 0; l < W; l++)
+      if (j + l >= sorted.found || sorted.sink_position[j + l] > query) score[l] = NOTHING;
+    store(row + j, score);
+    top = max(top, score);
+  }
+  for (index n = 0; n < blocks; n++) {
+    const auto& from = block(n);
+    for (index j = 0; j < C; j += W) {
+      float* here = row + lds + n * C + j;
+      const index first = from.first + j;
+      vec score = load(here) * a.score_scale;
+      if (!from.whole || first <= query - a.window || first + W - 1 > query) {
+        const ivec inside = ~lanes.before(first, query - a.window + 1) & lanes.before(first, query + 1) & (load(from.seen + j) > vec{});
+        score = inside ? score : splat(NOTHING);
+      }
+      store(here, score);
+      top = max(top, score);
+    }
+  }
+  float peak = largest(top);
+  if (peak <= NOTHING) peak = 0.0f;  // nothing but what is older
+  for (index j = 0; j < lds + blocks * C; j += W) store(row + j, exp(load(row + j) - peak));
 }
 
 template <typename T, class P>
@@ -175,14 +216,14 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   const auto right_sink_values = P::right(lds, ldv, sink_values, ldv, packed_sink_values);
   for (index n = 0; n < back; n++) fill(ring[n], (n - back) * C);
 
-  ivec lane;
-  for (int l = 0; l < W; l++) lane[l] = l;
-  const auto position_is_before = [&](index first, index end) { return lane + int32_t(first) < ivec{} + int32_t(end); };
+  const Lanes lanes;
   for (index t = 0; t < c.tokens; t += C) {
     const index count = c.tokens - t < C ? c.tokens - t : C;
     const index oldest = (t / C) % (back + 1);
     const auto nth = [&](index n) -> Block& { return ring[(oldest + n) % (back + 1)]; };
     fill(nth(back), t);
+    if (c.block_states && t % BLOCK == 0)
+      pack_state(c.block_states + (head_at * ((c.tokens + BLOCK - 1) / BLOCK) + t / BLOCK) * f * (v + 1), f, v, s, ldv, z);
     // blocks some of whose keys have left the window of some query of this block
     index leaving = 0;
     while (linear && leaving <= back && nth(leaving).first - t <= count - 1 - a.window) map_block(nth(leaving++));
@@ -194,34 +235,7 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       const auto left_q = P::left(count, k, q, ldx, rounded_q);
       if (a.sinks) P::multiply(count, lds, k, left_q, right_sink_keys, share, reach, false);
       for (index n = 0; n <= back; n++) P::multiply(count, C, k, left_q, nth(n).right_keys, share + lds + n * C, reach, false);
-      for (index i = 0; i < count; i++) {
-        float* row = share + i * reach;
-        vec top = splat(NOTHING);
-        for (index j = 0; j < lds; j += W) {
-          vec score = load(row + j) * a.score_scale;
-          for (index l = 0; l < W; l++)
-            if (j + l >= sorted.found || sorted.sink_position[j + l] > t + i) score[l] = NOTHING;
-          store(row + j, score);
-          top = max(top, score);
-        }
-        for (index n = 0; n <= back; n++) {
-          const Block& from = nth(n);
-          for (index j = 0; j < C; j += W) {
-            float* here = row + lds + n * C + j;
-            const index first = from.first - t + j;  // relative to the first query of the block
-            vec score = load(here) * a.score_scale;
-            if (!from.whole || first <= i - a.window || first + W - 1 > i) {
-              const ivec inside = ~position_is_before(first, i - a.window + 1) & position_is_before(first, i + 1) & (load(from.seen + j) > vec{});
-              score = inside ? score : splat(NOTHING);
-            }
-            store(here, score);
-            top = max(top, score);
-          }
-        }
-        float peak = largest(top);
-        if (peak <= NOTHING) peak = 0.0f;  // nothing but what is older
-        for (index j = 0; j < reach; j += W) store(row + j, exp(load(row + j) - peak));
-      }
+      for (index i = 0; i < count; i++) exact_weights<C>(a, sorted, t + i, lds, back + 1, nth, share + i * reach);
       typename P::Left left_features{};
       if (linear) {
         if (maps_q[g].kind == NONE)
@@ -236,7 +250,7 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
           for (index i = 0; i < count; i++)
             for (index j = 0; j < C; j += W) {
               float* here = share + i * reach + lds + n * C + j;
-              store(here, position_is_before(from.first - t + j, i - a.window + 1) ? load(products + i * C + j) : load(here));
+              store(here, lanes.before(from.first + j, t + i - a.window + 1) ? load(products + i * C + j) : load(here));
             }
         }
       }
@@ -249,6 +263,7 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
         vec sums = older ? products_of(features_q + i * ldf, z, ldf) : vec{};
         for (index j = 0; j < reach; j += W) sums += load(share + i * reach + j);
         const float total = sum(sums);
+        if (c.denominators) c.denominators[(b * c.tokens + t + i) * c.heads + head] = total <= TINY ? INFINITY : total;
         store_row(out + i * ldv, total <= TINY ? 0.0f : 1.0f / total, v, c.output.at<T>(b, t + i, head));
       }
     }
@@ -262,7 +277,240 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       }
   }
   if (linear) pack_state(a.after.recurrent + head_at * f * (v + 1), f, v, s, ldv, z);
-  advance<T>(a, sorted, kv_head);
+  if (a.after.key) advance<T>(a, sorted, kv_head);
+}
+
+// One pass from the back, block of chunks by block, as linear_backward_task. A key gathers its gradient from the chunks that reach it, which is complete
+// once its own chunk has been; as part of the state it has got it before.
+template <typename T>
+static void window_backward_task(const WindowArguments& a, index b, index kv_head, Arena& arena) {
+  using P = Exact;
+  constexpr index C = P::CHUNK, N = BLOCK / C;
+  const LinearArguments& c = a.common;
+  const bool linear = a.log_weight;
+  const index groups = c.heads / c.kv_heads, k = c.key_dim, v = c.value_dim, f = linear ? c.feature_dim : 0;
+  const index ldx = padded(k), ldp = padded(c.projected_dim), ldf = padded(f), ldv = padded(v), lds = padded(a.sinks), weight = ldx * ldp;
+  const index back = (a.window + C - 1) / C, reach = lds + (back + 1) * C, slots = N + back;
+  const auto if_linear = [&](index n) { return linear ? n : 0; };
+  const size_t block_space = Arena::total({C * ldx, ldx * C, C * ldv, ldv * C, C, if_linear(C * ldf + W), ldf * C, C * ldx, C * ldv, C * ldf});
+  arena.reset(slots * block_space +
+              Arena::total({if_linear(space_for_maps<P>(c, true)), if_linear(weight * (groups + 1)), C * ldx, C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W,
+                            C * ldf, C * ldf, C * ldv, C, C * reach, C * reach, C * C, lds * ldx, ldx * lds, lds * ldv, ldv * lds, lds * ldx, lds * ldv,
+                            N * ldv * ldf, N * ldf, ldf * ldv, ldv * ldf, ldf}));
+  struct Block {
+    index number, first;
+    float *keys, *keys_t, *values, *values_t, *seen, *features, *features_t, *grad_keys, *grad_values, *grad_features;
+    bool whole;
+  };
+  std::vector<Block> ring(slots);
+  for (Block& each : ring) {
+    each.keys = arena.take(C * ldx), each.keys_t = arena.take(ldx * C), each.values = arena.take(C * ldv), each.values_t = arena.take(ldv * C);
+    each.seen = arena.take(C), each.features = arena.take(if_linear(C * ldf + W)), each.features_t = arena.take(ldf * C);
+    each.grad_keys = arena.take(C * ldx), each.grad_values = arena.take(C * ldv), each.grad_features = arena.take(C * ldf);
+  }
+  float *weights = arena.take(if_linear(space_for_maps<P>(c, true))), *grad_weights = arena.take(if_linear(weight * (groups + 1)));
+  float *q = arena.take(C * ldx), *grad_q = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp));
+  float *features_q = arena.take(C * ldf + W), *scaled_q = arena.take(C * ldf), *grad_scaled_q = arena.take(C * ldf);
+  float *grad = arena.take(C * ldv), *grad_sum = arena.take(C), *share = arena.take(C * reach), *grad_share = arena.take(C * reach);
+  float *products = arena.take(C * C), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds), *sink_values = arena.take(lds * ldv);
+  float *sink_values_t = arena.take(ldv * lds), *grad_sink_keys = arena.take(lds * ldx), *grad_sink_values = arena.take(lds * ldv);
+  float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
+  float *grad_s = arena.take(ldf * ldv), *grad_s_t = arena.take(ldv * ldf), *grad_z = arena.take(ldf);
+
+  const Sorted sorted(a, b);
+  const Lanes lanes;
+  const index head_at = b * c.kv_heads + kv_head, state_size = f * (v + 1);
+  const auto [map_k, maps_q] = linear ? maps_of<P>(c, kv_head, weights, true) : std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>>();
+  const auto block_of = [&](index number) -> Block& { return ring[(number % slots + slots) % slots]; };
+  const auto fill = [&](index number) {
+    Block& to = block_of(number);
+    to.number = number, to.first = number * C, to.whole = true;
+    for (float* x : {to.grad_keys, to.keys}) zero(x, C * ldx);
+    for (float* x : {to.grad_values, to.values}) zero(x, C * ldv);
+    zero(to.grad_features, C * ldf);
+    for (index i = 0; i < C; i++) {
+      const index p = to.first + i;
+      const bool seen = p >= 0 && p < c.tokens && sorted.visible(p);
+      to.seen[i] = seen, to.whole &= seen;
+      if (!seen) continue;
+      load_row(c.key.at<const T>(b, p, kv_head), k, to.keys + i * ldx, ldx);
+      load_row(c.value.at<const T>(b, p, kv_head), v, to.values + i * ldv, ldv);
+    }
+    transpose(C, ldx, to.keys, ldx, to.keys_t, C);
+    transpose(C, ldv, to.values, ldv, to.values_t, C);
+    if (!linear) return;
+    if (map_k.kind == NONE)
+      std::memcpy(to.features, to.keys, C * ldx * sizeof(float));
+    else
+      features(map_k, C, to.keys, scratch, nullptr, to.features);
+    for (index i = 0; i < C; i++)
+      if (to.seen[i] == 0.0f) zero(to.features + i * ldf, ldf);
+    transpose(C, ldf, to.features, ldf, to.features_t, C);
+  };
+  // the first `tokens` keys of a block are in a state whose gradient is grad_s, grad_z
+  const auto absorbed = [&](Block& block, index tokens) {
+    transpose(ldf, ldv, grad_s, ldv, grad_s_t, ldf);
+    multiply(tokens, ldf, v, rows(block.values, ldv), grad_s_t, ldf, block.grad_features, ldf, true);
+    for (index i = 0; i < tokens; i++) add_row(block.grad_features + i * ldf, 1.0f, grad_z, ldf);
+    multiply(tokens, ldv, f, rows(block.features, ldf), grad_s, ldv, block.grad_values, ldv, true);
+  };
+
+  zero(sink_keys, lds * ldx);
+  zero(sink_values, lds * ldv);
+  zero(grad_sink_keys, lds * ldx);
+  zero(grad_sink_values, lds * ldv);
+  for (index slot = 0; slot < sorted.found; slot++) {
+    load_row(c.key.at<const T>(b, sorted.sink_position[slot], kv_head), k, sink_keys + slot * ldx, ldx);
+    load_row(c.value.at<const T>(b, sorted.sink_position[slot], kv_head), v, sink_values + slot * ldv, ldv);
+  }
+  transpose(lds, ldx, sink_keys, ldx, sink_keys_t, lds);
+  transpose(lds, ldv, sink_values, ldv, sink_values_t, lds);
+  if (linear) {
+    zero(grad_weights, weight * (groups + 1));
+    zero(grad_s, ldf * ldv);
+    zero(grad_z, ldf);
+    if (c.grad_final_state) unpack_state(c.grad_final_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
+    for (index g = 0; g < groups; g++) a.grad_log_weight[b * c.heads + kv_head * groups + g] = 0.0f;
+  }
+
+  const index num_chunks = (c.tokens + C - 1) / C, num_blocks = (num_chunks + N - 1) / N;
+  for (index number = num_chunks - 1; number >= (num_blocks - 1) * N - back; number--) fill(number);
+  for (index block = num_blocks - 1; block >= 0; block--) {
+    const index start = block * N, chunks = std::min(num_chunks - start, N);
+    if (block < num_blocks - 1)
+      for (index number = start - back; number < start - back + N; number++) fill(number);
+    if (linear) {
+      unpack_transposed(c.block_states + (head_at * num_blocks + block) * state_size, f, v, all_s_t, ldf, all_z);
+      for (index i = 0; i + 1 < chunks; i++) {
+        const Block& leaves = block_of(start + i - back);
+        float *next = all_s_t + (i + 1) * ldv * ldf, *next_z = all_z + (i + 1) * ldf;
+        std::memcpy(next, all_s_t + i * ldv * ldf, v * ldf * sizeof(float));
+        std::memcpy(next_z, all_z + i * ldf, ldf * sizeof(float));
+        multiply(v, ldf, C, transposed(leaves.values, ldv), leaves.features, ldf, next, ldf, true);
+        add_column_sums(C, ldf, leaves.features, ldf, next_z);
+      }
+    }
+    for (index i = chunks - 1; i >= 0; i--) {
+      const index number = start + i, t = number * C, count = std::min(c.tokens - t, C);
+      const float *s_t = all_s_t + i * ldv * ldf, *z = all_z + i * ldf;
+      const auto nth = [&](index n) -> Block& { return block_of(number - back + n); };
+      index leaving = 0;
+      while (linear && leaving <= back && nth(leaving).first - t <= count - 1 - a.window) leaving++;
+      if (linear && number + 1 < num_chunks) {
+        absorbed(nth(0), C);
+      } else if (linear) {
+        for (index n = 0; n <= back; n++) {
+          const index gone = std::min(C, count - a.window - (nth(n).first - t));
+          if (gone > 0) absorbed(nth(n), gone);
+        }
+      }
+      for (index g = 0; g < groups; g++) {
+        const index head = kv_head * groups + g;
+        load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
+        grad_of_sums<T>(c, b, t, head, count, grad, ldv, grad_sum, scratch);
+        if (a.sinks) {
+          multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
+          multiply(count, lds, v, rows(grad, ldv), sink_values_t, lds, grad_share, reach, false);
+        }
+        for (index n = 0; n <= back; n++) {
+          multiply(count, C, k, rows(q, ldx), nth(n).keys_t, C, share + lds + n * C, reach, false);
+          multiply(count, C, v, rows(grad, ldv), nth(n).values_t, C, grad_share + lds + n * C, reach, false);
+        }
+        // exponential weights: the gradient of their scores replaces that of the weights, of which the largest score moves all
+        for (index r = 0; r < count; r++) {
+          float *row = share + r * reach, *grad_row = grad_share + r * reach;
+          exact_weights<C>(a, sorted, t + r, lds, back + 1, nth, row);
+          vec moved = vec{}, ties = vec{};
+          for (index j = 0; j < reach; j += W) {
+            const vec weight_here = load(row + j), product = weight_here * (load(grad_row + j) + grad_sum[r]);
+            moved += product, ties += weight_here == splat(1.0f) ? splat(1.0f) : vec{};
+          }
+          const float count_of_ties = sum(ties), back_to_top = linear && count_of_ties > 0.0f ? -sum(moved) / count_of_ties : 0.0f;
+          for (index j = 0; j < reach; j += W) {
+            const vec weight_here = load(row + j), product = weight_here * (load(grad_row + j) + grad_sum[r]);
+            store(grad_row + j, weight_here == splat(1.0f) ? product + back_to_top : product);
+          }
+        }
+        if (linear) {
+          if (maps_q[g].kind == NONE)
+            std::memcpy(features_q, q, count * ldf * sizeof(float));
+          else
+            features(maps_q[g], count, q, scratch, nullptr, features_q);
+          const float factor = std::exp(a.log_weight[head]);
+          for (index r = 0; r < count; r++) {
+            set_row(scaled_q + r * ldf, factor, features_q + r * ldf, ldf);
+            set_row(grad_scaled_q + r * ldf, grad_sum[r], z, ldf);
+          }
+          multiply(count, ldf, v, rows(grad, ldv), s_t, ldf, grad_scaled_q, ldf, true);
+          for (index n = 0; n < leaving; n++) {
+            Block& from = nth(n);
+            multiply(count, C, f, rows(scaled_q, ldf), from.features_t, C, products, C, false);
+            for (index r = 0; r < count; r++)
+              for (index j = 0; j < C; j += W) {
+                float* here = share + r * reach + lds + n * C + j;
+                store(here, lanes.before(from.first + j, t + r - a.window + 1) ? load(products + r * C + j) : load(here));
+              }
+            // of these weights the gradient is that of the products, of exponential ones none
+            multiply(count, C, v, rows(grad, ldv), from.values_t, C, products, C, false);
+            for (index r = 0; r < count; r++)
+              for (index j = 0; j < C; j += W) {
+                const vec product = load(products + r * C + j) + grad_sum[r];
+                store(products + r * C + j, lanes.before(from.first + j, t + r - a.window + 1) ? product : vec{});
+              }
+            multiply(count, ldf, C, rows(products, C), from.features, ldf, grad_scaled_q, ldf, true);
+            multiply(C, ldf, count, transposed(products, C), scaled_q, ldf, from.grad_features, ldf, true);
+          }
+          multiply(f, ldv, count, transposed(scaled_q, ldf), grad, ldv, grad_s, ldv, true);
+          for (index r = 0; r < count; r++) add_row(grad_z, grad_sum[r], scaled_q + r * ldf, ldf);
+          a.grad_log_weight[b * c.heads + head] += dot(scaled_q, grad_scaled_q, count * ldf);
+          scale_row(grad_scaled_q, count * ldf, factor);
+        }
+        // values
+        if (a.sinks) multiply(lds, ldv, count, transposed(share, reach), grad, ldv, grad_sink_values, ldv, true);
+        for (index n = 0; n <= back; n++)
+          multiply(C, ldv, count, transposed(share + lds + n * C, reach), grad, ldv, nth(n).grad_values, ldv, true);
+        // keys and queries through the scores
+        scale_row(grad_share, count * reach, a.score_scale);
+        if (a.sinks) {
+          multiply(count, ldx, lds, rows(grad_share, reach), sink_keys, ldx, grad_q, ldx, false);
+          multiply(lds, ldx, count, transposed(grad_share, reach), q, ldx, grad_sink_keys, ldx, true);
+        } else {
+          zero(grad_q, C * ldx);
+        }
+        for (index n = 0; n <= back; n++) {
+          multiply(count, ldx, C, rows(grad_share + lds + n * C, reach), nth(n).keys, ldx, grad_q, ldx, true);
+          multiply(C, ldx, count, transposed(grad_share + lds + n * C, reach), q, ldx, nth(n).grad_keys, ldx, true);
+        }
+        if (linear) {
+          const float* through = grad_scaled_q;
+          if (maps_q[g].kind != NONE) {
+            features_vjp(maps_q[g], count, q, scratch, features_q, grad_scaled_q, grad_x, grad_weights + (g + 1) * weight);
+            through = grad_x;
+          }
+          for (index r = 0; r < count; r++) add_row(grad_q + r * ldx, 1.0f, through + r * ldx, ldx);
+        }
+        store_tokens<T>(c.grad_query, b, t, head, count, k, grad_q, ldx);
+      }
+      Block& done = block_of(number);
+      if (linear) {
+        for (index r = 0; r < C; r++)
+          if (done.seen[r] == 0.0f) zero(done.grad_features + r * ldf, ldf);
+        const float* through = done.grad_features;
+        if (map_k.kind != NONE) {
+          features_vjp(map_k, count, done.keys, scratch, done.features, done.grad_features, grad_x, grad_weights);
+          through = grad_x;
+        }
+        for (index r = 0; r < count; r++) add_row(done.grad_keys + r * ldx, 1.0f, through + r * ldx, ldx);
+      }
+      store_tokens<T>(c.grad_key, b, t, kv_head, count, k, done.grad_keys, ldx);
+      store_tokens<T>(c.grad_value, b, t, kv_head, count, v, done.grad_values, ldv);
+    }
+  }
+  for (index slot = 0; slot < sorted.found; slot++) {
+    store_row(grad_sink_keys + slot * ldx, 1.0f, k, c.grad_key.at<T>(b, sorted.sink_position[slot], kv_head));
+    store_row(grad_sink_values + slot * ldv, 1.0f, v, c.grad_value.at<T>(b, sorted.sink_position[slot], kv_head));
+  }
+  if (linear) store_grad_weights(c, b, kv_head, map_k.has_weight(), grad_weights);
 }
 
 // One token; the state is changed in place. All heads of a sequence in one thread.
