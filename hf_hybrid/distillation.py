@@ -94,7 +94,7 @@ class _LossRecord:
             return normalized_mse(output[0] if isinstance(output, tuple) else output, teacher_output, self.valid)
 
         # recomputed in backward by default: half a MiB per layer is kept instead of every chunk's scores
-        if self.recompute:
+        if self.recompute and torch.is_grad_enabled():  # a checkpoint whose backward never comes is never freed
             loss = checkpoint(local_loss, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             loss = local_loss(*args)
@@ -135,8 +135,7 @@ class DistillModelMixin:
         for site in self.distill_sites.values():
             site.record = record
         try:
-            with torch.enable_grad():
-                task_forward(*args, **kwargs)
+            task_forward(*args, **kwargs)
         finally:
             for site in self.distill_sites.values():
                 site.record = None

@@ -1,5 +1,7 @@
 """Starting values read off the pretrained layers."""
 
+import gc
+
 import pytest
 import torch
 
@@ -194,3 +196,16 @@ def test_arguments_are_checked(tmp_path):
         toy_arguments(tmp_path, window_dropout=1.0)
     with pytest.raises(HybridConfigError, match="got 'gate'"):
         prepare_distillation_(tiny_model(), "gla", initialization=["gate"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.distributed.reduce_op:FutureWarning")
+def test_measuring_local_losses_holds_on_to_nothing():
+    """Without gradients no graph is kept: a checkpointed forward whose backward never comes would never be freed."""
+    model = prepare_distillation_(tiny_model(), GLAConfig())
+    model.train()
+    with torch.no_grad():
+        for batch in batches(3, rows=3, length=23):
+            assert not model(**batch)["loss"].requires_grad
+    gc.collect()
+    alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape == (3, 23, 32)]
+    assert not alive
