@@ -51,7 +51,12 @@ static index space_for_maps(const LinearArguments& a, bool gradients) {
   return (a.heads / a.kv_heads + 1) * (size + P::right_space(a.key_dim, padded(a.projected_dim)) + (gradients ? size : 0));
 }
 template <class P>
-static std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>> maps_of(const LinearArguments& a, index kv_head, float* space, bool gradients) {
+struct Maps {
+  FeatureMap<P> key;
+  std::vector<FeatureMap<P>> query;  // one per query head
+};
+template <class P>
+static Maps<P> maps_of(const LinearArguments& a, index kv_head, float* space, bool gradients) {
   const index groups = a.heads / a.kv_heads, each = space_for_maps<P>(a, gradients) / (groups + 1);
   const auto map_of = [&](const void* weights, index head, float* own) {
     FeatureMap<P> f{a.map, a.key_dim, a.projected_dim, a.feature_dim, a.scale};
@@ -155,7 +160,7 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
   float *packed_keys = arena.take(P::right_space(f, C)), *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv));
   float* rounded = arena.take(left_space);
 
-  const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, false);
+  const Maps<P> maps = maps_of<P>(a, kv_head, weights, false);
   const index state_at = (b * a.kv_heads + kv_head) * f * (v + 1);
   bool empty = !a.initial_state;
   zero(z, ldf);
@@ -169,7 +174,7 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
       const index block = (b * a.kv_heads + kv_head) * ((a.tokens + BLOCK - 1) / BLOCK) + t / BLOCK;
       pack_state(a.block_states + block * f * (v + 1), f, v, s, ldv, z);
     }
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rounded, keys);
+    load_features<T>(maps.key, a.key, b, t, kv_head, c, C, x, scratch, rounded, keys);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
     transpose(C, ldf, keys, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
@@ -177,7 +182,7 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
     const auto right_s = P::right(f, ldv, s, ldv, packed_s);
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, rounded, q);
+      load_features<T>(maps.query[g], a.query, b, t, head, c, c, x, scratch, rounded, q);
       const auto left_q = P::left(c, f, q, ldf, rounded);
       causal_products<P>(c, f, left_q, right_keys, scores, C);
       if (!empty) P::multiply(c, ldv, f, left_q, right_s, out, ldo, false);
@@ -213,12 +218,12 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp), *rows_f = arena.take(C * ldf + W);
   float *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv), *s = arena.take(f * ldv), *z = arena.take(ldf);
   float *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv)), *rounded = arena.take(left_space);
-  const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, false);
+  const Maps<P> maps = maps_of<P>(a, kv_head, weights, false);
   zero(s, f * ldv);
   zero(z, ldf);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
-    load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, rounded, rows_f);
+    load_features<T>(maps.key, a.key, b, t, kv_head, c, C, x, scratch, rounded, rows_f);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, rows_f, ldf);
     transpose(C, ldf, rows_f, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
@@ -230,7 +235,7 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
     const index c = a.tokens - t < C ? a.tokens - t : C;
     for (index g = 0; g < groups; g++) {
       const index head = kv_head * groups + g;
-      load_features<T>(maps_q[g], a.query, b, t, head, c, c, x, scratch, rounded, rows_f);
+      load_features<T>(maps.query[g], a.query, b, t, head, c, c, x, scratch, rounded, rows_f);
       P::multiply(c, ldv, f, P::left(c, f, rows_f, ldf, rounded), right_s, values, ldv, false);
       for (index i = 0; i < c; i++) {
         const float weight = dot(rows_f + i * ldf, z, ldf);
@@ -288,7 +293,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
   float *grad_s = arena.take(ldf * ldv), *grad_s_t = arena.take(ldv * ldf), *grad_z = arena.take(ldf);  // of the state after the chunk
 
-  const auto [map_k, maps_q] = maps_of<P>(a, kv_head, weights, true);
+  const Maps<P> maps = maps_of<P>(a, kv_head, weights, true);
   zero(grad_weights, weight * (groups + 1));
   const index head_at = b * a.kv_heads + kv_head, state_size = f * (v + 1), num_blocks = (a.tokens + BLOCK - 1) / BLOCK;
   zero(grad_s, ldf * ldv);
@@ -300,7 +305,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
     for (index i = 0; i < chunks; i++) {
       const index t = start + i * C, c = std::min(a.tokens - t, C);
       float *x = all_x + i * C * ldx, *keys = all_keys + i * (C * ldf + W), *values = all_values + i * C * ldv;
-      load_features<T>(map_k, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
+      load_features<T>(maps.key, a.key, b, t, kv_head, c, C, x, scratch, nullptr, keys);
       hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, keys, ldf);
       load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
       if (i + 1 == chunks) break;
@@ -322,7 +327,7 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
       multiply(c, ldf, v, rows(values, ldv), grad_s_t, ldf, grad_k, ldf, true);
       for (index g = 0; g < groups; g++) {
         const index head = kv_head * groups + g;
-        load_features<T>(maps_q[g], a.query, b, t, head, c, c, x_q, scratch, nullptr, q);
+        load_features<T>(maps.query[g], a.query, b, t, head, c, c, x_q, scratch, nullptr, q);
         grad_of_sums<T>(a, b, t, head, c, grad, ldv, grad_sum, scratch);
         causal_products<P>(c, f, {q, ldf}, {keys_t, C}, scores, C);
         causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
@@ -336,17 +341,17 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
         multiply(c, ldf, c, transposed(grad_scores, C), q, ldf, grad_k, ldf, true);
         multiply(f, ldv, c, transposed(q, ldf), grad, ldv, grad_s, ldv, true);
         for (index r = 0; r < c; r++) add_row(grad_z, grad_sum[r], q + r * ldf, ldf);
-        if (a.map != NONE) features_vjp(maps_q[g], c, x_q, scratch, q, grad_q, grad_x, grad_weights + (g + 1) * weight);
+        if (a.map != NONE) features_vjp(maps.query[g], c, x_q, scratch, q, grad_q, grad_x, grad_weights + (g + 1) * weight);
         store_tokens<T>(a.grad_query, b, t, head, c, a.key_dim, a.map == NONE ? grad_q : grad_x, ldx);
       }
       store_tokens<T>(a.grad_value, b, t, kv_head, c, v, grad_v, ldv);
       hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, grad_k, ldf);
-      if (a.map != NONE) features_vjp(map_k, c, x, scratch, keys, grad_k, grad_x, grad_weights);
+      if (a.map != NONE) features_vjp(maps.key, c, x, scratch, keys, grad_k, grad_x, grad_weights);
       store_tokens<T>(a.grad_key, b, t, kv_head, c, a.key_dim, a.map == NONE ? grad_k : grad_x, ldx);
     }
   }
   if (a.grad_initial_state) pack_state(a.grad_initial_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
-  store_grad_weights(a, b, kv_head, map_k.has_weight(), grad_weights);
+  store_grad_weights(a, b, kv_head, maps.key.has_weight(), grad_weights);
 }
 
 }  // namespace hf_hybrid

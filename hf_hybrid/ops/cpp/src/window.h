@@ -182,12 +182,12 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
     to.right_keys = P::right(k, C, to.keys_t, C, to.packed_keys);
     to.right_values = P::right(C, ldv, to.values, ldv, to.packed_values);
   };
-  const auto [map_k, maps_q] = linear ? maps_of<P>(c, kv_head, weights, false) : std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>>();
+  const Maps<P> maps = linear ? maps_of<P>(c, kv_head, weights, false) : Maps<P>();
   const auto map_block = [&](Block& to) {
     if (to.mapped) return;
-    float* keys = map_k.kind == NONE ? to.features : x;
+    float* keys = maps.key.kind == NONE ? to.features : x;
     transpose(ldx, C, to.keys_t, C, keys, ldx);
-    if (map_k.kind != NONE) features(map_k, C, keys, scratch, rounded, to.features);
+    if (maps.key.kind != NONE) features(maps.key, C, keys, scratch, rounded, to.features);
     for (index i = 0; i < C; i++)
       if (to.seen[i] == 0.0f) zero(to.features + i * ldf, ldf);
     transpose(C, ldf, to.features, ldf, to.features_t, C);
@@ -238,10 +238,10 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       for (index i = 0; i < count; i++) exact_weights<C>(a, sorted, t + i, lds, back + 1, nth, share + i * reach);
       typename P::Left left_features{};
       if (linear) {
-        if (maps_q[g].kind == NONE)
+        if (maps.query[g].kind == NONE)
           std::memcpy(features_q, q, count * ldf * sizeof(float));
         else
-          features(maps_q[g], count, q, scratch, rounded, features_q);
+          features(maps.query[g], count, q, scratch, rounded, features_q);
         scale_row(features_q, count * ldf, std::exp(a.log_weight[head]));
         left_features = P::left(count, f, features_q, ldf, rounded_q);
         for (index n = 0; n < leaving; n++) {
@@ -320,7 +320,7 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
   const Sorted sorted(a, b);
   const Lanes lanes;
   const index head_at = b * c.kv_heads + kv_head, state_size = f * (v + 1);
-  const auto [map_k, maps_q] = linear ? maps_of<P>(c, kv_head, weights, true) : std::pair<FeatureMap<P>, std::vector<FeatureMap<P>>>();
+  const Maps<P> maps = linear ? maps_of<P>(c, kv_head, weights, true) : Maps<P>();
   const auto block_of = [&](index number) -> Block& { return ring[(number % slots + slots) % slots]; };
   const auto fill = [&](index number) {
     Block& to = block_of(number);
@@ -339,10 +339,10 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
     transpose(C, ldx, to.keys, ldx, to.keys_t, C);
     transpose(C, ldv, to.values, ldv, to.values_t, C);
     if (!linear) return;
-    if (map_k.kind == NONE)
+    if (maps.key.kind == NONE)
       std::memcpy(to.features, to.keys, C * ldx * sizeof(float));
     else
-      features(map_k, C, to.keys, scratch, nullptr, to.features);
+      features(maps.key, C, to.keys, scratch, nullptr, to.features);
     for (index i = 0; i < C; i++)
       if (to.seen[i] == 0.0f) zero(to.features + i * ldf, ldf);
     transpose(C, ldf, to.features, ldf, to.features_t, C);
@@ -432,10 +432,10 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
           }
         }
         if (linear) {
-          if (maps_q[g].kind == NONE)
+          if (maps.query[g].kind == NONE)
             std::memcpy(features_q, q, count * ldf * sizeof(float));
           else
-            features(maps_q[g], count, q, scratch, nullptr, features_q);
+            features(maps.query[g], count, q, scratch, nullptr, features_q);
           const float factor = std::exp(a.log_weight[head]);
           for (index r = 0; r < count; r++) {
             set_row(scaled_q + r * ldf, factor, features_q + r * ldf, ldf);
@@ -483,8 +483,8 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
         }
         if (linear) {
           const float* through = grad_scaled_q;
-          if (maps_q[g].kind != NONE) {
-            features_vjp(maps_q[g], count, q, scratch, features_q, grad_scaled_q, grad_x, grad_weights + (g + 1) * weight);
+          if (maps.query[g].kind != NONE) {
+            features_vjp(maps.query[g], count, q, scratch, features_q, grad_scaled_q, grad_x, grad_weights + (g + 1) * weight);
             through = grad_x;
           }
           for (index r = 0; r < count; r++) add_row(grad_q + r * ldx, 1.0f, through + r * ldx, ldx);
@@ -496,8 +496,8 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
         for (index r = 0; r < C; r++)
           if (done.seen[r] == 0.0f) zero(done.grad_features + r * ldf, ldf);
         const float* through = done.grad_features;
-        if (map_k.kind != NONE) {
-          features_vjp(map_k, count, done.keys, scratch, done.features, done.grad_features, grad_x, grad_weights);
+        if (maps.key.kind != NONE) {
+          features_vjp(maps.key, count, done.keys, scratch, done.features, done.grad_features, grad_x, grad_weights);
           through = grad_x;
         }
         for (index r = 0; r < count; r++) add_row(done.grad_keys + r * ldx, 1.0f, through + r * ldx, ldx);
@@ -510,7 +510,7 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
     store_row(grad_sink_keys + slot * ldx, 1.0f, k, c.grad_key.at<T>(b, sorted.sink_position[slot], kv_head));
     store_row(grad_sink_values + slot * ldv, 1.0f, v, c.grad_value.at<T>(b, sorted.sink_position[slot], kv_head));
   }
-  if (linear) store_grad_weights(c, b, kv_head, map_k.has_weight(), grad_weights);
+  if (linear) store_grad_weights(c, b, kv_head, maps.key.has_weight(), grad_weights);
 }
 
 // One token; the state is changed in place. All heads of a sequence in one thread.
