@@ -276,10 +276,3 @@ def check_window(config, least: int = 0) -> None:
     check_int(config.name, "num_sink_tokens", config.num_sink_tokens, 0)
     if not config.window_size:
         object.__setattr__(config, "num_sink_tokens", 0)
-
-
-def check_gated(config) -> None:
-    """Shared check of the settings of every mixer with an [`OutputStage`]."""
-    check_window(config)
-    check_bool(config.name, "output_gate", config.output_gate)
-    check_int(config.name, "gate_rank", config.gate_rank, 1)

@@ -1,12 +1,10 @@
-"""The learned parts around a recurrence without a normaliser: decay gates, the output stage, and the window beside them."""
+"""The learned gates of mixers without a normaliser: how fast a state forgets, and how strongly it is written to."""
 
 import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from ..ops import WindowState, empty_window_state, window_attention
 
 
 def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
@@ -53,80 +51,75 @@ class LowRank(nn.Module):
         return projected if self.bias is None else projected + self.bias
 
 
-class OutputStage(nn.Module):
-    r"""
-    What turns a recurrence's output into an attention output: per head, $w \odot \mathrm{RMSNorm}(o_t) \odot 2 \sigma(U x_t)$, and next to it, with a
-    window, $\sigma(a)$ of that and $1 - \sigma(a)$ of exact attention over the window and the sinks.
-
-    The gate starts at 1 and $\sigma(a)$ at 1.8 %: the layer begins as the training-free window. [Liger](https://huggingface.co/papers/2503.01496),
-    eq. 10, adds the two halves with fixed equal weights; here the weight is learned per query head.
+class HeadGates(nn.Module):
+    """
+    $g_t = -e^{A}\\,\\mathrm{softplus}(w_\\alpha^\\top x_t + b)$ and $\\beta_t = \\sigma(w_\\beta^\\top x_t)$, one each per state. Started nearly
+    data-independent: decays of the given half-lives, writes of strength one half.
 
     Args:
-        mixer (`LinearMixer`): Sizes are read from it.
-        window_size (`int`), num_sink_tokens (`int`): Of the exact part; a window of 0 leaves it out.
-        output_gate (`bool`): Whether there is a gate.
-        gate_rank (`int`): Rank of `U`.
+        hidden_size (`int`): `D`.
+        num_states (`int`): `H_s`.
     """
 
-    quiet_logit = -4.0
-
-    def __init__(self, mixer, *, window_size: int, num_sink_tokens: int, output_gate: bool, gate_rank: int):
+    def __init__(self, hidden_size: int, num_states: int):
         super().__init__()
-        self.window_size, self.num_sink_tokens = window_size, num_sink_tokens
-        self.scale = mixer.head_dim**-0.5
-        self.weight = nn.Parameter(torch.empty(mixer.num_heads, mixer.value_dim))
-        self.gate = None
-        if output_gate:
-            self.gate = LowRank(mixer.hidden_size, gate_rank, mixer.num_heads * mixer.value_dim, bias=False)
-        self.state_logit = nn.Parameter(torch.empty(mixer.num_heads)) if window_size else None
+        self.decay_weight = nn.Parameter(torch.empty(num_states, hidden_size))
+        self.beta_weight = nn.Parameter(torch.empty(num_states, hidden_size))
+        self.log_rate = nn.Parameter(torch.empty(num_states))
+        self.decay_bias = nn.Parameter(torch.empty(num_states))
 
-    def init_weights(self, initialization) -> None:
+    def init_weights(self) -> None:
         with torch.no_grad():
-            self.weight.fill_(1.0)
-            if self.state_logit is not None:
-                self.state_logit.fill_(self.quiet_logit if "quiet_state" in initialization else 0.0)
-        if self.gate is not None:
-            self.gate.init_weights(small="neutral_gates" in initialization)
+            for weight in (self.decay_weight, self.beta_weight):
+                nn.init.normal_(weight, std=0.1 * weight.shape[1] ** -0.5)
+            self.log_rate.zero_()
+        self.set_half_lives(spread_half_lives(tuple(self.decay_bias.shape)))
 
-    def scale_by(self, factors: torch.Tensor) -> None:
-        """Multiply what comes of the recurrence, per query head, `[H]`."""
+    def set_half_lives(self, half_lives: torch.Tensor) -> None:
         with torch.no_grad():
-            self.weight.mul_(factors.to(self.weight)[:, None])
+            self.decay_bias.copy_(softplus_bias(half_lives))
 
-    def recurrent_part(self, recurrent, hidden_states):
-        """`[B, T, H, V]` of the recurrence and `[B, T, D]` -> `[B, T, H, V]`."""
-        output = recurrent * torch.rsqrt(recurrent.float().square().mean(-1, keepdim=True) + 1e-6).to(recurrent.dtype)
-        output = output * self.weight.to(output.dtype)
-        if self.gate is not None:
-            gate = 2.0 * self.gate(hidden_states).sigmoid()
-            output = output * gate.to(output.dtype).view_as(output)
-        return output
-
-    def forward(self, recurrent, query, key, value, hidden_states, *, parts, valid, state, inplace_final_state):
-        """
-        Returns `(output, window state)`; `recurrent` is `None` where `parts` leaves the state out, `parts` as of
-        [`LinearMixer.active_parts`].
-        """
-        output = None if recurrent is None else self.recurrent_part(recurrent, hidden_states)
-        if not self.window_size:
-            return output, ()
-        if "window" not in parts:
-            window = state or tuple(empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4])
-            return output + 0.0 * self.state_logit.sum().to(output.dtype), window
-        exact, final = window_attention(
-            query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.scale, valid=valid,
-            state=WindowState(*state, None) if state else None, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
-        if output is None:
-            return exact, tuple(final[:4])
-        share = self.state_logit.sigmoid().to(output.dtype).unsqueeze(-1)
-        return torch.lerp(exact, output, share), tuple(final[:4])
+    def forward(self, hidden_states, valid):
+        """`[B, T, D]` -> log-decay and write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist."""
+        hidden_states = hidden_states.to(self.decay_weight.dtype)
+        rate, beta = F.linear(hidden_states, torch.cat([self.decay_weight, self.beta_weight])).chunk(2, dim=-1)
+        wide = torch.promote_types(rate.dtype, torch.float32)
+        decay = -self.log_rate.to(wide).exp() * F.softplus(rate.to(wide) + self.decay_bias)
+        return masked(valid, decay, beta.to(wide).sigmoid())
 
 
-def empty_state(mixer, query) -> torch.Tensor:
-    """The recurrent state before the first token, `[B, H_s, K, V]`: what a mixer without its state hands on."""
-    shape = (query.shape[0], mixer.num_states, mixer.head_dim, mixer.value_dim)
-    return query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
+class ChannelGates(nn.Module):
+    """
+    As [`HeadGates`] with one decay per key channel: $g_t = -e^{A}\\,\\mathrm{softplus}(W_2 W_1 x_t + b)$, `[H_s, K]`.
+
+    Args:
+        hidden_size (`int`), num_states (`int`), head_dim (`int`), rank (`int`): `D`, `H_s`, `K`, rank of the decay's projection.
+    """
+
+    def __init__(self, hidden_size: int, num_states: int, head_dim: int, rank: int):
+        super().__init__()
+        self.num_states, self.head_dim = num_states, head_dim
+        self.decay = LowRank(hidden_size, rank, num_states * head_dim)
+        self.beta_weight = nn.Parameter(torch.empty(num_states, hidden_size))
+        self.log_rate = nn.Parameter(torch.empty(num_states))
+
+    def init_weights(self) -> None:
+        self.decay.init_weights()
+        with torch.no_grad():
+            nn.init.normal_(self.beta_weight, std=0.1 * self.beta_weight.shape[1] ** -0.5)
+            self.log_rate.zero_()
+        self.set_half_lives(spread_half_lives((self.num_states, self.head_dim)))
+
+    def set_half_lives(self, half_lives: torch.Tensor) -> None:
+        bias = softplus_bias(half_lives.view(self.num_states, -1).expand(-1, self.head_dim))
+        self.decay.set_bias(bias.flatten())
+
+    def forward(self, hidden_states, valid):
+        """`[B, T, D]` -> log-decay `[B, T, H_s, K]`, write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist."""
+        rate = self.decay(hidden_states).unflatten(-1, (self.num_states, -1))
+        decay = -self.log_rate.to(rate.dtype).exp().unsqueeze(-1) * F.softplus(rate)
+        beta = F.linear(hidden_states.to(self.beta_weight.dtype), self.beta_weight).to(rate.dtype).sigmoid()
+        return masked(valid, decay, beta)
 
 
 def masked(valid, *tensors):

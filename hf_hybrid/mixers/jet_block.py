@@ -1,4 +1,4 @@
-"""`jet_block`: Gated DeltaNet with a dynamic convolution on the values."""
+"""`jet_block`: the gated delta rule over values mixed by a convolution whose kernels are made from the input."""
 
 import dataclasses
 
@@ -7,39 +7,30 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops import gated_delta_rule
-from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_gated, check_int, register_mixer
-from .delta import HeadGates
-from .gates import OutputStage, empty_state, masked
+from .base import INITIALIZATIONS, check_int, register_mixer
+from .gated import GatedConfig, GatedMixer
+from .gates import HeadGates, masked
 
 
 @dataclasses.dataclass(frozen=True)
-class JetBlockConfig(MixerConfig):
+class JetBlockConfig(GatedConfig):
     """
     Args:
-        window_size (`int`, *optional*, defaults to 64): Tokens also attended exactly, the current one included; 0 for a purely linear layer.
-        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0 where there is no window.
-        output_gate (`bool`, *optional*, defaults to `True`): Whether the layer's input gates the output.
-        gate_rank (`int`, *optional*, defaults to 16): Rank of the output gate's projection.
-        state_per_query_head (`bool`, *optional*, defaults to `False`): One state per query head instead of one per key-value head.
         kernel_size (`int`, *optional*, defaults to 4): Tokens under the convolution, the current one included.
+
+    The others as of [`GatedConfig`].
     """
 
     name = "jet_block"
-    window_size: int = 64
-    num_sink_tokens: int = 4
-    output_gate: bool = True
-    gate_rank: int = 16
-    state_per_query_head: bool = False
     kernel_size: int = 4
 
     def __post_init__(self):
-        check_gated(self)
-        check_bool(self.name, "state_per_query_head", self.state_per_query_head)
+        super().__post_init__()
         check_int(self.name, "kernel_size", self.kernel_size, 2)
 
 
 @register_mixer
-class JetBlock(LinearMixer):
+class JetBlock(GatedMixer):
     r"""
     [`GatedDeltaNet`] over values mixed with their predecessors: $\hat v_t = \sum_{i=0}^{w-1} c_{t,i} \odot v_{t-i}$ with kernels made from the
     layer's input, $c_t = c^0 + W_2\, \mathrm{SiLU}(W_1 x_t)$, one per value channel.
@@ -47,60 +38,38 @@ class JetBlock(LinearMixer):
     Reference: [Jet-Nemotron](https://huggingface.co/papers/2508.15884), section 3.4. Differs: the kernel starts as the identity and there is no
     activation after it, so that a fresh layer passes the pretrained values through; otherwise as [`GatedDeltaNet`].
 
-    State: window (see [`WindowState`]), the last `kernel_size - 1` values `[B, w - 1, H_kv, V]`, and `[B, H_s, K, V]` fp32.
-
-    Args:
-        window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, kernel_size: see [`JetBlockConfig`].
+    State of its own: the last `kernel_size - 1` values `[B, w - 1, H_kv, V]` before `[B, H_s, K, V]`.
     """
 
     config_class = JetBlockConfig
+    num_own_states = 2
 
-    def __init__(
-        self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, kernel_size, **sizes
-    ):
-        super().__init__(**sizes)
-        self.window_size = window_size
-        self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
+    def __init__(self, *, kernel_size, **settings):
+        super().__init__(**settings)
         self.gates = HeadGates(self.hidden_size, self.num_states)
         self.convolution = DynamicConvolution(self, kernel_size)
-        self.output_stage = OutputStage(
-            self,
-            window_size=window_size,
-            num_sink_tokens=num_sink_tokens,
-            output_gate=output_gate,
-            gate_rank=gate_rank,
-        )
 
     def init_weights(self, initialization=INITIALIZATIONS) -> None:
+        super().init_weights(initialization)
         self.gates.init_weights()
         self.convolution.init_weights()
-        self.output_stage.init_weights(initialization)
 
-    def set_half_lives(self, half_lives) -> None:
+    def set_half_lives(self, half_lives: torch.Tensor) -> None:
         """Start the decays at one half every `half_lives` tokens, `[H_s]`."""
         self.gates.set_half_lives(half_lives)
 
-    def scale_output(self, factors) -> None:
-        """Multiply the output of the state, per query head, `[H]`."""
-        self.output_stage.scale_by(factors)
+    def empty_state(self, query, value):
+        return self.convolution.empty_past(value), *super().empty_state(query, value)
 
-    def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
-        *window_state, past_values, recurrent_state = state if state else (None, None)
-        parts, recurrent = self.active_parts(), None
-        if "state" in parts:
-            decay, beta = self.gates(hidden_states, valid)
-            mixed_value, past_values = self.convolution(value, hidden_states, valid, past_values)
-            recurrent, recurrent_state = gated_delta_rule(
-                query, key, mixed_value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True,
-                initial_state=recurrent_state, output_final_state=True, inplace_final_state=inplace_final_state,
-            )  # fmt: skip
-        elif recurrent_state is None:
-            recurrent_state, past_values = empty_state(self, query), self.convolution.empty_past(value)
-        output, window_state = self.output_stage(
-            recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=tuple(window_state),
-            inplace_final_state=inplace_final_state,
+    def recur(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
+        past_values, recurrent_state = state or (None, None)
+        decay, beta = self.gates(hidden_states, valid)
+        value, past_values = self.convolution(value, hidden_states, valid, past_values)
+        output, final = gated_delta_rule(
+            query, key, value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True, initial_state=recurrent_state,
+            output_final_state=True, inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        return output, (*window_state, past_values, recurrent_state)
+        return output, (past_values, final)
 
 
 class DynamicConvolution(nn.Module):

@@ -62,7 +62,7 @@ def use_naive(monkeypatch):
             "kimi_delta",
             "jet_block",
             "sliding_window",
-            "gates",
+            "gated",
         ):
             module = importlib.import_module(f"hf_hybrid.mixers.{module}")
             for op in (
