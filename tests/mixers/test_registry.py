@@ -2,7 +2,17 @@
 
 import pytest
 
-from hf_hybrid import LinearAttentionConfig, MixerConfig, SlidingWindowConfig, list_feature_maps, list_mixers
+from hf_hybrid import (
+    GLAConfig,
+    JetBlockConfig,
+    KimiDeltaConfig,
+    LightningConfig,
+    LinearAttentionConfig,
+    MixerConfig,
+    SlidingWindowConfig,
+    list_feature_maps,
+    list_mixers,
+)
 from hf_hybrid.errors import HybridConfigError, UnknownMixerError
 from hf_hybrid.mixers import LinearMixer, get_mixer, register_feature_map, register_mixer, resolve_mixer_config
 from hf_hybrid.mixers.feature_maps import FeatureMap, get_feature_map
@@ -43,6 +53,23 @@ def test_a_config_survives_its_dict():
 def test_settings_are_checked_when_set(settings, message):
     with pytest.raises(HybridConfigError, match=message):
         LinearAttentionConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GLAConfig(gate_rank=0), "gla: gate_rank must be an integer >= 1; got 0"),
+        (lambda: LightningConfig(output_gate="no"), "lightning: output_gate must be True or False; got 'no'"),
+        (
+            lambda: KimiDeltaConfig(state_per_query_head=1),
+            "kimi_delta: state_per_query_head must be True or False; got 1",
+        ),
+        (lambda: JetBlockConfig(kernel_size=1), "jet_block: kernel_size must be an integer >= 2; got 1"),
+    ],
+)
+def test_settings_of_gated_mixers_are_checked_when_set(make, message):
+    with pytest.raises(HybridConfigError, match=message):
+        make()
 
 
 def test_sinks_need_a_window():
