@@ -78,6 +78,7 @@ def wrong_head_order(model):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_steps", type=int, default=12)
+    parser.add_argument("--only", help="semicolon-separated names of mixers; all by default")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     folder = teacher_folder()
@@ -114,6 +115,8 @@ def main():
 
     with fast_fp32_matmul():
         for name, (config, parts) in MIXERS.items():
+            if options.only and name not in options.only.split(";"):
+                continue
             run(name, config, "all", list(INITIALIZATIONS))
             for part in parts:
                 run(name, config, f"without {part}", [x for x in INITIALIZATIONS if x != part])

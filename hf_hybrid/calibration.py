@@ -31,8 +31,8 @@ def calibrate_mixers(
 
     - `half_lives`: a decay forgets one half in as many tokens as hold one half of what the layer's softmax looks at, per state, sinks left out:
       `softplus(bias) = ln 2 / d` (`gla`, `gated_delta_net`, `kimi_delta`, `jet_block`).
-    - `output_scale`: the state's output is multiplied, per query head, by the least-squares factor between it and the softmax's output,
-      $\\langle y_T, y_S \\rangle / \\langle y_S, y_S \\rangle$, kept within [0.1, 10] (the mixers above, `lightning`, and `linear_attention` without a window).
+    - `output_scale`: what the state adds to the output, $y_S$, is multiplied, per query head, by the factor that brings the whole closest to the softmax's
+      output $y_T$, given what the window adds, $y_W$: $\\langle y_T - y_W, y_S \\rangle / \\langle y_S, y_S \\rangle$, kept within [0.1, 10] (the mixers above, `lightning`, and `linear_attention` without a window).
 
     Mixers that have neither are left as they are.
 
@@ -57,7 +57,7 @@ def calibrate_mixers(
         for mixer, histogram in zip(decaying, _observe(model, decaying, batches, look_back_histogram), strict=True):
             per_state = histogram.view(mixer.num_states, -1, histogram.shape[-1]).sum(1)
             mixer.set_half_lives(median_distance(per_state).to(next(mixer.parameters()).device))
-    scaled = [mixer for mixer in mixers if hasattr(mixer, "scale_output")]
+    scaled = [mixer for mixer in mixers if mixer.can_scale_output]
     if output_scale and scaled:
         for mixer, sums in zip(scaled, _observe(model, scaled, batches, _least_squares_sums), strict=True):
             mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
@@ -136,15 +136,19 @@ def median_distance(histogram: torch.Tensor) -> torch.Tensor:
 
 
 def _least_squares_sums(mixer, query, key, value, hidden_states, valid):
-    """`[2, H]`: sums over tokens of $\\langle y_T, y_S \\rangle$ and $\\langle y_S, y_S \\rangle$."""
+    """`[2, H]`: sums over tokens of $\\langle y_T - y_W, y_S \\rangle$ and $\\langle y_S, y_S \\rangle$."""
     groups = query.shape[2] // key.shape[2]
     weights = _softmax_weights(query, key, valid, mixer.causal)
     target = (weights @ value.float().transpose(1, 2).repeat_interleave(groups, dim=1)).transpose(1, 2)
-    before, mixer.ablated = mixer.ablated, "window"
-    try:
-        output = mixer(query, key, value, hidden_states, valid=valid)[0].float()
-    finally:
-        mixer.ablated = before
+    output = mixer(query, key, value, hidden_states, valid=valid)[0].float()
+    if mixer.has_window_and_state():
+        before, mixer.ablated = mixer.ablated, "state"
+        try:
+            window = mixer(query, key, value, hidden_states, valid=valid)[0].float()
+        finally:
+            mixer.ablated = before
+        window = window * (1.0 - mixer.output_stage.state_share())
+        output, target = output - window, target - window
     if valid is not None:
         output = output * valid[..., None, None]
     return torch.stack([(target * output).sum((0, 1, 3)), (output * output).sum((0, 1, 3))]).double()

@@ -108,6 +108,11 @@ class LinearMixer(nn.Module, ABC):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """One unpacked stretch of tokens; `valid` is `None` where all of them exist. What a mixer implements; called by `forward`."""
 
+    @property
+    def can_scale_output(self) -> bool:
+        """Whether the mixer has a `scale_output(factors)`: a factor per query head, `[H]`, on what its state contributes."""
+        return False
+
     def has_window_and_state(self) -> bool:
         return bool(getattr(self, "window_size", 0)) and self.config_class.name != "sliding_window"
 

@@ -76,6 +76,10 @@ class GatedMixer(LinearMixer):
     def init_weights(self, initialization=INITIALIZATIONS) -> None:
         self.output_stage.init_weights(initialization)
 
+    @property
+    def can_scale_output(self) -> bool:
+        return True
+
     def scale_output(self, factors: torch.Tensor) -> None:
         """Multiply the output of the state, per query head, `[H]`."""
         self.output_stage.scale_by(factors)
@@ -162,5 +166,8 @@ class OutputStage(nn.Module):
         )  # fmt: skip
         if output is None:
             return exact, tuple(final[:4])
-        share = self.state_logit.sigmoid().to(output.dtype).unsqueeze(-1)
-        return torch.lerp(exact, output, share), tuple(final[:4])
+        return torch.lerp(exact, output, self.state_share().to(output.dtype)), tuple(final[:4])
+
+    def state_share(self) -> torch.Tensor:
+        """Weight of the state against the window, `[H, 1]` in (0, 1)."""
+        return self.state_logit.sigmoid().unsqueeze(-1)

@@ -86,8 +86,12 @@ class LinearAttention(LinearMixer):
             if self.output_scale is not None:
                 self.output_scale.fill_(1.0)
 
+    @property
+    def can_scale_output(self) -> bool:
+        return self.output_scale is not None  # beside a window the shared normaliser sees to the scale
+
     def scale_output(self, factors: torch.Tensor) -> None:
-        """Multiply the output of each query head, `[H]`. Beside a window the shared normaliser sees to the scale."""
+        """Multiply the output of each query head, `[H]`."""
         if self.output_scale is not None:
             with torch.no_grad():
                 self.output_scale.mul_(factors.to(self.output_scale))

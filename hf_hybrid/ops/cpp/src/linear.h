@@ -29,6 +29,8 @@ struct LinearArguments {  // mirrored in arguments.py
 
 // Tokens per block: what the backward pass keeps a state for
 constexpr index BLOCK = 128;
+// Query heads that go through a product together: more rows per product, as long as they stay in cache
+constexpr index HEADS_TOGETHER = 4;
 
 // One head's weight [K, projected] as padded fp32: where it lies, if it is that already, else in `space`.
 static const float* head_weight(const void* weights, int64_t bfloat16_weights, index head, index k, index p, float* space) {
@@ -151,12 +153,13 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
   constexpr index C = P::CHUNK;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), ldo = padded(v + 1);
-  const index left_space = std::max({P::left_space(C, f), P::left_space(C, a.key_dim), P::left_space(f, C)});
-  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, C * ldf + W, ldf * C, C * ldv, C * C, C * ldo, f * ldv, ldf,
+  const index together = std::min(groups, HEADS_TOGETHER), R = together * C;  // rows of all products with queries
+  const index left_space = std::max({P::left_space(R, std::max(f, C)), P::left_space(C, a.key_dim), P::left_space(f, C)});
+  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, R * ldf + W, C * ldf + W, ldf * C, C * ldv, R * C, R * ldo, f * ldv, ldf,
                             P::right_space(f, C), P::right_space(C, ldv), P::right_space(f, ldv), left_space}));
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
-  float *q = arena.take(C * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
-  float *scores = arena.take(C * C), *out = arena.take(C * ldo), *s = arena.take(f * ldv), *z = arena.take(ldf);
+  float *q = arena.take(R * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
+  float *scores = arena.take(R * C), *out = arena.take(R * ldo), *s = arena.take(f * ldv), *z = arena.take(ldf);
   float *packed_keys = arena.take(P::right_space(f, C)), *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv));
   float* rounded = arena.take(left_space);
 
@@ -180,22 +183,26 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
     const auto right_keys = P::right(f, C, keys_t, C, packed_keys), right_values = P::right(C, ldv, values, ldv, packed_values);
     const auto right_s = P::right(f, ldv, s, ldv, packed_s);
-    for (index g = 0; g < groups; g++) {
-      const index head = kv_head * groups + g;
-      load_features<T>(maps.query[g], a.query, b, t, head, c, c, x, scratch, rounded, q);
-      const auto left_q = P::left(c, f, q, ldf, rounded);
-      causal_products<P>(c, f, left_q, right_keys, scores, C);
-      if (!empty) P::multiply(c, ldv, f, left_q, right_s, out, ldo, false);
-      lower_multiply<P>(c, ldv, scores, C, right_values, out, ldo, !empty, rounded);
-      for (index i = 0; i < c; i++) {
-        vec sums = products_of(q + i * ldf, z, ldf);
-        for (index j = 0; j <= i; j += W) sums += load(scores + i * C + j);
-        float weight = sum(sums);
-        if (a.normalize && weight <= TINY) weight = INFINITY;  // a query that sees nothing: 0
-        if (a.denominators) a.denominators[(b * a.tokens + t + i) * a.heads + head] = weight;
-        out[i * ldo + v] = weight;
-        store_row(out + i * ldo, a.normalize ? 1.0f / weight : 1.0f, a.normalize ? v : v + 1, a.output.at<T>(b, t + i, head));
-      }
+    for (index first = 0; first < groups; first += together) {
+      const index heads = std::min(together, groups - first), m = heads * C;
+      for (index g = 0; g < heads; g++)
+        load_features<T>(maps.query[first + g], a.query, b, t, kv_head * groups + first + g, c, C, x, scratch, rounded, q + g * C * ldf);
+      const auto left_q = P::left(m, f, q, ldf, rounded);
+      P::multiply(m, C, f, left_q, right_keys, scores, C, false);
+      if (!empty) P::multiply(m, ldv, f, left_q, right_s, out, ldo, false);
+      for (index g = 0; g < heads; g++) hide_later<C>(scores + g * C * C);
+      P::multiply(m, ldv, c, P::left(m, c, scores, C, rounded), right_values, out, ldo, !empty);
+      for (index g = 0; g < heads; g++)
+        for (index i = 0; i < c; i++) {
+          const index head = kv_head * groups + first + g, row = g * C + i;
+          vec sums = products_of(q + row * ldf, z, ldf);
+          for (index j = 0; j <= i; j += W) sums += load(scores + row * C + j);
+          float weight = sum(sums);
+          if (a.normalize && weight <= TINY) weight = INFINITY;  // a query that sees nothing: 0
+          if (a.denominators) a.denominators[(b * a.tokens + t + i) * a.heads + head] = weight;
+          out[row * ldo + v] = weight;
+          store_row(out + row * ldo, a.normalize ? 1.0f / weight : 1.0f, a.normalize ? v : v + 1, a.output.at<T>(b, t + i, head));
+        }
     }
     if (a.final_state || t + C < a.tokens) {
       P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), right_values, s, ldv, true);
@@ -245,11 +252,13 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   }
 }
 
-// The gradient of one chunk's outputs before the division: [c, ldv], and of the sums of weights, [c].
+// The gradient of one chunk's outputs before the division: [all, ldv], and of the sums of weights, [all]; rows from `c` on are zeros.
 template <typename T>
-static void grad_of_sums(const LinearArguments& a, index b, index t, index head, index c, float* grad, index ldv, float* grad_sum, float* scratch) {
+static void grad_of_sums(const LinearArguments& a, index b, index t, index head, index c, index all, float* grad, index ldv, float* grad_sum,
+                         float* scratch) {
   const index v = a.value_dim;
-  load_tokens<T>(a.grad_output, b, t, head, c, c, v, grad, ldv);
+  load_tokens<T>(a.grad_output, b, t, head, c, all, v, grad, ldv);
+  zero(grad_sum, all);
   if (!a.normalize) {
     for (index i = 0; i < c; i++) grad_sum[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[v]);
     return;
@@ -278,16 +287,16 @@ template <typename T>
 static void linear_backward_task(const LinearArguments& a, index b, index kv_head, Arena& arena) {
   using P = Exact;
   constexpr index C = P::CHUNK, N = BLOCK / C;
-  const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
+  const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim, together = std::min(groups, HEADS_TOGETHER), R = together * C;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), weight = ldx * ldp;
-  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W, ldf * C, ldv * C, C * C,
-                            C * C, C * ldv, C, C * ldf, C * ldf, C * ldv, N * C * ldx, N * (C * ldf + W), N * C * ldv, N * ldv * ldf, N * ldf,
+  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), R * ldx, C * ldx, C * (ldv + ldp), R * ldf + W, ldf * C, ldv * C, R * C,
+                            R * C, R * ldv, R, R * ldf, C * ldf, C * ldv, N * C * ldx, N * (C * ldf + W), N * C * ldv, N * ldv * ldf, N * ldf,
                             ldf * ldv, ldv * ldf, ldf}));
   float *weights = arena.take(space_for_maps<P>(a, true)), *grad_weights = arena.take(weight * (groups + 1));
-  float *x_q = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp)), *q = arena.take(C * ldf + W);
-  float *keys_t = arena.take(ldf * C), *values_t = arena.take(ldv * C), *scores = arena.take(C * C), *grad_scores = arena.take(C * C);
-  float *grad = arena.take(C * ldv), *grad_sum = arena.take(C);  // of the sums before the division
-  float *grad_q = arena.take(C * ldf), *grad_k = arena.take(C * ldf), *grad_v = arena.take(C * ldv);
+  float *x_q = arena.take(R * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp)), *q = arena.take(R * ldf + W);
+  float *keys_t = arena.take(ldf * C), *values_t = arena.take(ldv * C), *scores = arena.take(R * C), *grad_scores = arena.take(R * C);
+  float *grad = arena.take(R * ldv), *grad_sum = arena.take(R);  // of the sums before the division
+  float *grad_q = arena.take(R * ldf), *grad_k = arena.take(C * ldf), *grad_v = arena.take(C * ldv);
   // of every chunk of the block: keys, their features, values, and the state before, transposed
   float *all_x = arena.take(N * C * ldx), *all_keys = arena.take(N * (C * ldf + W)), *all_values = arena.take(N * C * ldv);
   float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
@@ -325,24 +334,40 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
       multiply(c, ldv, f, rows(keys, ldf), grad_s, ldv, grad_v, ldv, false);
       for (index r = 0; r < c; r++) std::memcpy(grad_k + r * ldf, grad_z, ldf * sizeof(float));
       multiply(c, ldf, v, rows(values, ldv), grad_s_t, ldf, grad_k, ldf, true);
-      for (index g = 0; g < groups; g++) {
-        const index head = kv_head * groups + g;
-        load_features<T>(maps.query[g], a.query, b, t, head, c, c, x_q, scratch, nullptr, q);
-        grad_of_sums<T>(a, b, t, head, c, grad, ldv, grad_sum, scratch);
-        causal_products<P>(c, f, {q, ldf}, {keys_t, C}, scores, C);
-        causal_products<P>(c, v, {grad, ldv}, {values_t, C}, grad_scores, C);
-        for (index r = 0; r < c; r++) {
-          for (index j = 0; j <= r; j++) grad_scores[r * C + j] += grad_sum[r];
-          set_row(grad_q + r * ldf, grad_sum[r], z, ldf);
+      for (index first = 0; first < groups; first += together) {
+        const index heads = std::min(together, groups - first), m = heads * C;
+        for (index g = 0; g < heads; g++) {  // rows from c on are zeros throughout
+          const index head = kv_head * groups + first + g;
+          load_features<T>(maps.query[first + g], a.query, b, t, head, c, C, x_q + g * C * ldx, scratch, nullptr, q + g * C * ldf);
+          grad_of_sums<T>(a, b, t, head, c, C, grad + g * C * ldv, ldv, grad_sum + g * C, scratch);
         }
-        multiply(c, ldf, c, rows(grad_scores, C), keys, ldf, grad_q, ldf, true);
-        multiply(c, ldf, v, rows(grad, ldv), s_t, ldf, grad_q, ldf, true);
-        multiply(c, ldv, c, transposed(scores, C), grad, ldv, grad_v, ldv, true);
-        multiply(c, ldf, c, transposed(grad_scores, C), q, ldf, grad_k, ldf, true);
-        multiply(f, ldv, c, transposed(q, ldf), grad, ldv, grad_s, ldv, true);
-        for (index r = 0; r < c; r++) add_row(grad_z, grad_sum[r], q + r * ldf, ldf);
-        if (a.map != NONE) features_vjp(maps.query[g], c, x_q, scratch, q, grad_q, grad_x, grad_weights + (g + 1) * weight);
-        store_tokens<T>(a.grad_query, b, t, head, c, a.key_dim, a.map == NONE ? grad_q : grad_x, ldx);
+        multiply(m, C, f, rows(q, ldf), keys_t, C, scores, C, false);
+        multiply(m, C, v, rows(grad, ldv), values_t, C, grad_scores, C, false);
+        for (index r = 0; r < m; r++) {
+          for (index j = 0; j < C; j += W) store(grad_scores + r * C + j, load(grad_scores + r * C + j) + grad_sum[r]);
+          set_row(grad_q + r * ldf, grad_sum[r], z, ldf);
+          add_row(grad_z, grad_sum[r], q + r * ldf, ldf);
+        }
+        for (index g = 0; g < heads; g++) {
+          hide_later<C>(scores + g * C * C);
+          hide_later<C>(grad_scores + g * C * C);
+        }
+        multiply(m, ldf, c, rows(grad_scores, C), keys, ldf, grad_q, ldf, true);
+        multiply(m, ldf, v, rows(grad, ldv), s_t, ldf, grad_q, ldf, true);
+        // over all rows of all heads at once
+        multiply(c, ldv, m, transposed(scores, C), grad, ldv, grad_v, ldv, true);
+        multiply(c, ldf, m, transposed(grad_scores, C), q, ldf, grad_k, ldf, true);
+        multiply(f, ldv, m, transposed(q, ldf), grad, ldv, grad_s, ldv, true);
+        for (index g = 0; g < heads; g++) {
+          const index head = kv_head * groups + first + g;
+          float* result = grad_q + g * C * ldf;
+          if (a.map != NONE) {
+            float* own = grad_weights + (first + g + 1) * weight;
+            features_vjp(maps.query[first + g], c, x_q + g * C * ldx, scratch, q + g * C * ldf, result, grad_x, own);
+            result = grad_x;
+          }
+          store_tokens<T>(a.grad_query, b, t, head, c, a.key_dim, result, ldx);
+        }
       }
       store_tokens<T>(a.grad_value, b, t, kv_head, c, v, grad_v, ldv);
       hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, grad_k, ldf);

@@ -223,6 +223,16 @@ struct Rounded {
 
 // ---- products with a triangle
 
+// Zeros above the diagonal of [C, C].
+template <index C>
+static void hide_later(float* scores) {
+  for (index i = 0; i < C; i++)
+    for (index j = i / W * W; j < C; j += W) {
+      float* here = scores + i * C + j;
+      store(here, j > i ? vec{} : first_lanes(i + 1 - j) ? load(here) : vec{});
+    }
+}
+
 // out [c, C] = q [c, f] . keys_t [f, C] for column <= row, else 0. A chunk of rows at a time, so that little is computed that the mask throws away.
 template <class P>
 static void causal_products(index c, index f, typename P::Left q, typename P::Right keys_t, float* out, index ldo) {

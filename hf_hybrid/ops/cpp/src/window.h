@@ -407,7 +407,7 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
       for (index g = 0; g < groups; g++) {
         const index head = kv_head * groups + g;
         load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
-        grad_of_sums<T>(c, b, t, head, count, grad, ldv, grad_sum, scratch);
+        grad_of_sums<T>(c, b, t, head, count, count, grad, ldv, grad_sum, scratch);
         if (a.sinks) {
           multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
           multiply(count, lds, v, rows(grad, ldv), sink_values_t, lds, grad_share, reach, false);
