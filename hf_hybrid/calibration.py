@@ -1,10 +1,11 @@
 """Starting values of mixers, read off the pretrained layers on a little text.
 
-A gated mixer has to be told two things that copying projections does not: how long the layer remembers, and how loud it speaks. Both are in the
-layer's own softmax.
+A mixer has to be told two things that copying projections does not: how long the layer remembers, and how loud it speaks. Both are in the layer's
+own softmax.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -15,8 +16,12 @@ from .errors import HybridConfigError
 from .mixers import LinearMixer
 
 
-# Output scales outside of this are an accident of the calibration text.
-SCALE_RANGE = (0.1, 10.0)
+# Least squares may ask for nothing at all, or for the opposite sign, where a state says nothing yet: it stays in the graph.
+SCALE_RANGE = (1e-3, 1e3)
+# First tokens of a sequence, on which heads leave the mass they have no use for (StreamingLLM): it says nothing of how long a layer remembers.
+NUM_SINKS = 4
+# Queries whose attention weights are held at a time.
+QUERIES = 256
 
 
 def calibrate_mixers(
@@ -29,16 +34,17 @@ def calibrate_mixers(
     """
     Set the starting values of the mixers of a model that is being distilled, or was converted, in place.
 
-    - `half_lives`: a decay forgets one half in as many tokens as hold one half of what the layer's softmax looks at, per state, sinks left out:
-      `softplus(bias) = ln 2 / d` (`gla`, `gated_delta_net`, `kimi_delta`, `jet_block`).
-    - `output_scale`: what the state adds to the output, $y_S$, is multiplied, per query head, by the factor that brings the whole closest to the softmax's
-      output $y_T$, given what the window adds, $y_W$: $\\langle y_T - y_W, y_S \\rangle / \\langle y_S, y_S \\rangle$, kept within [0.1, 10] (the mixers above, `lightning`, and `linear_attention` without a window).
+    - `half_lives`: a decay forgets one half in as many tokens as hold one half of what the layer's softmax looks at, per state, without the mass on
+      the first four tokens of a sequence: `softplus(bias) = ln 2 / d` (`gla`, `gated_delta_net`, `kimi_delta`, `jet_block`).
+    - `output_scale`: what the state adds to the output, $y_S$, is multiplied, per query head, by the factor that brings the whole closest to the
+      softmax's output $y_T$, given what the window adds, $y_W$: $\\langle y_T - y_W, y_S \\rangle / \\langle y_S, y_S \\rangle$ (the mixers above,
+      `lightning`, and `linear_attention` without a window).
 
-    Mixers that have neither are left as they are.
+    Mixers that have neither are left as they are, and cost nothing here.
 
     Args:
         model (`PreTrainedModel`): Of `prepare_distillation_` or `convert_to_hybrid`, before training.
-        batches (`Iterable[dict]`): Inputs of the model; a few thousand tokens do.
+        batches (`Iterable[dict]`): Inputs of the model; a few thousand tokens do. Padded and packed rows are read as what they are.
         half_lives (`bool`, *optional*, defaults to `True`), output_scale (`bool`, *optional*, defaults to `True`): What to set.
 
     Raises:
@@ -55,6 +61,7 @@ def calibrate_mixers(
     decaying = [mixer for mixer in mixers if hasattr(mixer, "set_half_lives")]
     if half_lives and decaying:
         for mixer, histogram in zip(decaying, _observe(model, decaying, batches, look_back_histogram), strict=True):
+            # consecutive query heads read one state
             per_state = histogram.view(mixer.num_states, -1, histogram.shape[-1]).sum(1)
             mixer.set_half_lives(median_distance(per_state).to(next(mixer.parameters()).device))
     scaled = [mixer for mixer in mixers if mixer.can_scale_output]
@@ -63,17 +70,39 @@ def calibrate_mixers(
             mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
 
 
-def _observe(model, mixers, batches, statistic):
-    """Sum over the batches of `statistic(mixer, query, key, value, hidden_states, valid)`, one per mixer."""
+class Call(NamedTuple):
+    """What a mixer was called with: tensors as in [`LinearMixer.forward`]."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    hidden_states: torch.Tensor | None
+    valid: torch.Tensor | None
+    segments: torch.Tensor | None
+
+    def run(self, mixer: LinearMixer) -> torch.Tensor:
+        """The mixer's output, `[B, T, H, V]` fp32."""
+        output, _ = mixer(*self[:4], valid=self.valid, segments=self.segments)
+        return output.float()
+
+
+def _observe(
+    model: PreTrainedModel,
+    mixers: list[LinearMixer],
+    batches: list[dict],
+    statistic: Callable[[LinearMixer, Call], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Sum of `statistic(mixer, call)` over all calls, one per mixer."""
     totals: dict[int, torch.Tensor] = {}
-    handles = []
+    busy: set[int] = set()
 
     def hook(mixer, args, kwargs):
         if id(mixer) in busy:  # the statistic runs the mixer itself
             return
         busy.add(id(mixer))
+        hidden_states = args[3] if len(args) > 3 else kwargs.get("hidden_states")
         with torch.no_grad():
-            value = statistic(mixer, *args[:3], args[3] if len(args) > 3 else None, kwargs.get("valid"))
+            value = statistic(mixer, Call(*args[:3], hidden_states, kwargs.get("valid"), kwargs.get("segments")))
         busy.discard(id(mixer))
         before = totals.get(id(mixer))
         if before is not None and before.shape != value.shape:  # batches of different lengths
@@ -81,10 +110,9 @@ def _observe(model, mixers, batches, statistic):
             before, value = (F.pad(x, (0, width - x.shape[-1])) for x in (before, value))
         totals[id(mixer)] = value if before is None else before + value
 
-    busy: set[int] = set()
+    handles = [mixer.register_forward_pre_hook(hook, with_kwargs=True) for mixer in mixers]
     training = model.training
     try:
-        handles += [mixer.register_forward_pre_hook(hook, with_kwargs=True) for mixer in mixers]
         # while it is distilled, a model shows its students their inputs in training only
         model.train(isinstance(model, DistillModelMixin))
         for batch in batches:
@@ -97,32 +125,51 @@ def _observe(model, mixers, batches, statistic):
     return [totals[id(mixer)] for mixer in mixers]
 
 
-def _softmax_weights(query, key, valid, causal=True):
-    """Attention weights of all tokens, `[B, H, T, T]` fp32; rows of tokens that do not exist are zero."""
-    length, groups = query.shape[1], query.shape[2] // key.shape[2]
-    query, key = query.float().transpose(1, 2), key.float().transpose(1, 2).repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    seen = seen.tril() if causal else seen
-    if valid is not None:
-        seen = seen & valid[:, None, None, :]
-    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
-    return weights if valid is None else weights * valid[:, None, :, None]
+def _attention_weights(call: Call, causal: bool) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """
+    The softmax the mixer stands in for, a few queries of one row at a time: `(row, queries, [H, Q, T] fp32)`. Tokens that do not exist get and give
+    nothing; packed sequences do not see each other.
+    """
+    batch, length, num_heads, head_dim = call.query.shape
+    position = torch.arange(length, device=call.query.device)
+    for row in range(batch):
+        keys = call.key[row].float().transpose(0, 1).repeat_interleave(num_heads // call.key.shape[2], dim=0)
+        for start in range(0, length, QUERIES):
+            here = slice(start, min(start + QUERIES, length))
+            scores = call.query[row, here].float().transpose(0, 1) @ keys.transpose(-1, -2) * head_dim**-0.5
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+            if causal:
+                seen = position <= position[here, None]
+            if call.segments is not None:
+                seen = seen & (call.segments[row] == call.segments[row, here, None])
+            if call.valid is not None:
+                seen = seen & call.valid[row] & call.valid[row, here, None]
+            scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+            yield row, here, scores.softmax(-1) * seen
 
 
-def look_back_histogram(mixer, query, key, value, hidden_states, valid):
-    """Attention mass by distance, `[H, T]` fp64: entry d is the mass on the token d positions back. Without the mass on the sink tokens, which
-    says nothing of how long a layer remembers."""
-    weights = _softmax_weights(query, key, valid)
-    length = weights.shape[-1]
-    num_sinks = mixer.output_stage.num_sink_tokens if hasattr(mixer, "output_stage") else 0
-    weights[..., :num_sinks] = 0.0  # of a left-padded row nothing but padding
-    distance = torch.arange(length, device=query.device)
-    distance = (distance[:, None] - distance).clamp_min(0)
-    mass = weights.sum(0).double().flatten(1)
-    return torch.zeros(mass.shape[0], length, dtype=torch.double, device=query.device).index_add_(
-        1, distance.flatten(), mass
-    )
+def _rank_in_sequence(call: Call) -> torch.Tensor:
+    """How many tokens of its sequence exist before each token, `[B, T]`."""
+    batch, length = call.query.shape[:2]
+    exists = call.valid if call.valid is not None else call.query.new_ones(batch, length, dtype=torch.bool)
+    before = exists.cumsum(1) - exists.long()
+    if call.segments is None:
+        return before
+    starts = F.pad(call.segments[:, 1:] != call.segments[:, :-1], (1, 0), value=True)
+    return before - torch.where(starts, before, 0).cummax(1).values
+
+
+def look_back_histogram(mixer: LinearMixer, call: Call) -> torch.Tensor:
+    """Attention mass by distance, `[H, T]` fp64: entry d is the mass on the token d positions back. Without the mass on the sinks."""
+    batch, length, num_heads, _ = call.query.shape
+    sinks = _rank_in_sequence(call) < NUM_SINKS
+    position = torch.arange(length, device=call.query.device)
+    histogram = torch.zeros(num_heads, length, dtype=torch.double, device=call.query.device)
+    for row, here, weights in _attention_weights(call, mixer.causal):
+        distance = (position[here, None] - position).abs()
+        mass = (weights * ~sinks[row]).double().flatten(1)
+        histogram.index_add_(1, distance.flatten(), mass)
+    return histogram
 
 
 def median_distance(histogram: torch.Tensor) -> torch.Tensor:
@@ -135,20 +182,24 @@ def median_distance(histogram: torch.Tensor) -> torch.Tensor:
     return (index + share).squeeze(-1).clamp_min(1.0).float()
 
 
-def _least_squares_sums(mixer, query, key, value, hidden_states, valid):
+def _least_squares_sums(mixer: LinearMixer, call: Call) -> torch.Tensor:
     """`[2, H]`: sums over tokens of $\\langle y_T - y_W, y_S \\rangle$ and $\\langle y_S, y_S \\rangle$."""
-    groups = query.shape[2] // key.shape[2]
-    weights = _softmax_weights(query, key, valid, mixer.causal)
-    target = (weights @ value.float().transpose(1, 2).repeat_interleave(groups, dim=1)).transpose(1, 2)
-    output = mixer(query, key, value, hidden_states, valid=valid)[0].float()
+    output = call.run(mixer)
+    window = torch.zeros_like(output)
     if mixer.has_window_and_state():
         before, mixer.ablated = mixer.ablated, "state"
         try:
-            window = mixer(query, key, value, hidden_states, valid=valid)[0].float()
+            window = call.run(mixer) * (1.0 - mixer.output_stage.state_share())
         finally:
             mixer.ablated = before
-        window = window * (1.0 - mixer.output_stage.state_share())
-        output, target = output - window, target - window
-    if valid is not None:
-        output = output * valid[..., None, None]
-    return torch.stack([(target * output).sum((0, 1, 3)), (output * output).sum((0, 1, 3))]).double()
+        output = output - window
+    groups = call.query.shape[2] // call.key.shape[2]
+    sums = output.new_zeros(2, output.shape[2], dtype=torch.double)
+    for row, here, weights in _attention_weights(call, mixer.causal):
+        target = weights @ call.value[row].float().transpose(0, 1).repeat_interleave(groups, dim=0)  # [H, Q, V]
+        state, rest = (x[row, here].transpose(0, 1) for x in (output, window))
+        if call.valid is not None:
+            state = state * call.valid[row, here, None]
+        sums[0] += ((target - rest) * state).double().sum((1, 2))
+        sums[1] += state.double().square().sum((1, 2))
+    return sums

@@ -185,7 +185,7 @@ def prepare_distillation_(
     *,
     projections: str = "shared",
     rank: int = 8,
-    initialization: Collection[str] = INITIALIZATIONS,
+    initialization: str | Collection[str] = INITIALIZATIONS,
     example_inputs: dict | None = None,
 ) -> PreTrainedModel:
     """
@@ -197,7 +197,7 @@ def prepare_distillation_(
         projections (`str`, *optional*, defaults to `"shared"`): What of a student trains beside its mixer. `"shared"`: nothing, it uses
             the teacher's frozen query, key, value and output projections. `"low_rank"`: a low-rank difference to them. `"full"`: copies.
         rank (`int`, *optional*, defaults to 8): Rank of that difference.
-        initialization (`Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, all of
+        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, all of
             `mixers.INITIALIZATIONS` by default. `half_lives` and `output_scale` are for [`calibrate_mixers`].
 
     Raises:
@@ -228,7 +228,7 @@ def prepare_distillation_(
             config, site, teacher, initialization
         ).float()  # fp32 master weights: bf16 would swallow small updates
         convert_attention_(student, mixer_module)
-        built[site.name] = DistillSite(teacher, student, site, config)
+        built[site.name] = DistillSite(teacher, student, site, config.fitted(site.causal))
     warn_of_losses({site.name: lost for site, lost in probed if site in chosen})
     for parameter in model.parameters():
         parameter.requires_grad_(False)

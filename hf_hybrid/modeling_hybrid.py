@@ -50,7 +50,14 @@ from .configuration_hybrid import (
     on_new_family,
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
-from .mixers import INITIALIZATIONS, LinearMixer, MixerConfig, build_mixer, resolve_mixer_config
+from .mixers import (
+    INITIALIZATIONS,
+    LinearMixer,
+    MixerConfig,
+    build_mixer,
+    check_initialization,
+    resolve_mixer_config,
+)
 from .model_card import CARD_FILE, is_own_card, write_model_card
 from .probe import probe_attention
 
@@ -97,6 +104,7 @@ def convert_to_hybrid(
     mixer: str | dict | MixerConfig = "linear_attention",
     layers=None,
     *,
+    initialization: str | Collection[str] = INITIALIZATIONS,
     example_inputs: dict | None = None,
 ) -> PreTrainedModel:
     """
@@ -107,6 +115,8 @@ def convert_to_hybrid(
             their names and values, mixer parameters appear under `<attention>.hybrid.*`.
         mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): A name of `list_mixers()` or a config.
         layers (*optional*): Indices or names of attention sites, or a predicate on [`AttentionSite`]. All of them by default.
+        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, see
+            [`HybridTrainingArguments`]; all of it by default. `half_lives` and `output_scale` are [`calibrate_mixers`]' business.
         example_inputs (`dict`, *optional*): See [`find_attention_sites`].
 
     Returns:
@@ -120,7 +130,7 @@ def convert_to_hybrid(
 
         >>> model = convert_to_hybrid(model, mixer="sliding_window", layers=[1, 3, 5])
     """
-    config = resolve_mixer_config(mixer)
+    config, initialization = resolve_mixer_config(mixer), check_initialization(initialization)
     check_convertible(model)
     probed = probe_attention(model, example_inputs)
     sites = [site for site, _ in probed]
@@ -132,12 +142,13 @@ def convert_to_hybrid(
                 f"{site.name} of {describe(model)} is converted already. Call restore_full_attention(model) first, or select other layers."
             )
     # build everything before touching anything: a mixer that refuses leaves the model as it was
-    mixers = {site.name: new_mixer(config, site, modules[site.name]) for site in chosen}
+    mixers = {site.name: new_mixer(config, site, modules[site.name], initialization) for site in chosen}
     warn_of_losses({site.name: lost for site, lost in probed if site in chosen})
     for site in chosen:
         convert_attention_(modules[site.name], mixers[site.name])
     before = model.config.hybrid_sites() if isinstance(model.config, HybridConfigMixin) else {}
-    become_hybrid_(model, {**before, **{site.name: (site, config.to_dict()) for site in chosen}})
+    settings = {site.name: (site, config.fitted(site.causal).to_dict()) for site in chosen}
+    become_hybrid_(model, {**before, **settings})
     logger.info(f"Converted {len(chosen)} of {len(sites)} attention layers to {config.name}.")
     return model
 
@@ -187,7 +198,7 @@ def new_mixer(
     config: MixerConfig, site: AttentionSite, module: nn.Module, initialization: Collection[str] = INITIALIZATIONS
 ) -> LinearMixer:
     """A freshly initialised mixer for `site`, on the device and in the dtype of the attention it stands in for."""
-    mixer = build_mixer(config, **site.sizes())
+    mixer = build_mixer(config.fitted(site.causal), **site.sizes())
     weight = next(module.parameters())
     mixer.init_weights(initialization)
     for part in mixer.modules():

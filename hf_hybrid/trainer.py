@@ -1,7 +1,7 @@
 """`HybridTrainer`: transformers' `Trainer` that distils every attention site locally and saves hybrids."""
 
 import contextlib
-import inspect
+import itertools
 import json
 import os
 from typing import Any
@@ -116,7 +116,7 @@ class HybridTrainer(Trainer):
                 args.selected_layers(),
                 projections=args.projections,
                 rank=args.projection_rank,
-                initialization=args.initialization,
+                initialization=args.initializations,
             )
         elif mixer is not None:
             raise AlreadyHybridError(
@@ -198,18 +198,22 @@ class HybridTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _calibrate(self):
-        """Starting values of the mixers, from the first training batches. The same on every process: all see the same batches."""
-        wanted = {name: name in self.args.initialization for name in ("half_lives", "output_scale")}
+        """Starting values of the mixers from a few training rows, the same on every process: drawn by `seed`, or the first of an iterable dataset."""
+        wanted = {name: name in self.args.initializations for name in ("half_lives", "output_scale")}
         if not any(wanted.values()):
             return
-        size = self.args.per_device_train_batch_size
-        count = min(size * self.args.calibration_batches, len(self.train_dataset))
-        examples = [self.train_dataset[i] for i in range(count)]
-        model = self.accelerator.unwrap_model(self.model)
-        batches = [self.data_collator(examples[i : i + size]) for i in range(0, count, size)]
-        # columns that the model does not take are dropped as the Trainer drops them
-        known = inspect.signature(model.forward).parameters
-        calibrate_mixers(model, [{k: v for k, v in batch.items() if k in known} for batch in batches], **wanted)
+        size, data = self.args.per_device_train_batch_size, self.train_dataset
+        count = size * self.args.calibration_batches
+        if hasattr(data, "__len__"):
+            chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.args.seed))[
+                :count
+            ].tolist()
+            examples = [data[index] for index in chosen]
+        else:
+            examples = list(itertools.islice(iter(data), count))
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+        batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+        calibrate_mixers(self.accelerator.unwrap_model(self.model), batches, **wanted)
         self._starting_students = False
 
     def _check_students_are_there(self):

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from .errors import HybridConfigError
 from .mixers import INITIALIZATIONS, check_initialization
+from .mixers.base import check_int
 
 
 @dataclass
@@ -29,10 +30,10 @@ class HybridTrainingArguments(TrainingArguments):
         projection_rank (`int`, *optional*, defaults to 8):
             Rank of those differences.
 
-        initialization (`list[str]`, *optional*):
-            What fresh mixers take from the pretrained layer, all by default: `identity_maps` (learned feature maps start as the identity),
-            `quiet_state` (beside a window, the state starts at next to no weight), `neutral_gates` (output gates start at 1), `half_lives` and
-            `output_scale` (decays and loudness of gated mixers, read off the layer's own softmax, see [`calibrate_mixers`]).
+        initialization (`str`, *optional*, defaults to `"all"`):
+            What fresh mixers take from the pretrained layer: `"all"`, `"none"`, or comma-separated names. `identity_maps`: learned feature maps start as
+            the identity; `quiet_state`: beside a window, the state starts at next to no weight; `neutral_gates`: output gates start at 1;
+            `half_lives` and `output_scale`: how long and how loud a state speaks is read off the layer's own softmax, see [`calibrate_mixers`].
         calibration_batches (`int`, *optional*, defaults to 2):
             Training batches for the last two.
         window_dropout (`float`, *optional*, defaults to 0.0):
@@ -66,9 +67,9 @@ class HybridTrainingArguments(TrainingArguments):
         metadata={"help": "What trains beside the mixers.", "choices": ["shared", "low_rank", "full"]},
     )
     projection_rank: int = field(default=8, metadata={"help": "Rank of the low-rank differences."})
-    initialization: list[str] = field(
-        default_factory=lambda: list(INITIALIZATIONS),
-        metadata={"help": f"What fresh mixers take from the pretrained layer: some of {', '.join(INITIALIZATIONS)}."},
+    initialization: str = field(
+        default="all",
+        metadata={"help": f"all, none, or comma-separated: {', '.join(INITIALIZATIONS)}."},
     )
     calibration_batches: int = field(
         default=2, metadata={"help": "Training batches from which half_lives and output_scale are read."}
@@ -96,14 +97,15 @@ class HybridTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.max_length < 2:
             raise HybridConfigError(f"max_length must be at least 2 tokens; got {self.max_length}.")
-        self.initialization = list(check_initialization(self.initialization))
-        if self.calibration_batches < 1:
-            raise HybridConfigError(
-                f"calibration_batches must be at least 1; got {self.calibration_batches}. To do without, leave half_lives and output_scale out "
-                "of initialization."
-            )
-        if not 0.0 <= self.window_dropout < 1.0:
-            raise HybridConfigError(f"window_dropout must be in [0, 1); got {self.window_dropout}.")
+        self.initialization = ",".join(check_initialization(self.initialization)) or "none"
+        check_int("HybridTrainingArguments", "calibration_batches", self.calibration_batches, 1)
+        if not isinstance(self.window_dropout, int | float) or not 0.0 <= self.window_dropout < 1.0:
+            raise HybridConfigError(f"window_dropout must be a number in [0, 1); got {self.window_dropout!r}.")
+
+    @property
+    def initializations(self) -> tuple[str, ...]:
+        """`initialization` as names."""
+        return check_initialization(self.initialization)
 
     def selected_layers(self) -> list[int | str] | None:
         """`layers` as what `convert_to_hybrid` takes."""

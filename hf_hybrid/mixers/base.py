@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..errors import HybridConfigError, UnknownMixerError, closest
 
@@ -31,6 +32,10 @@ class MixerConfig:
     """
 
     name: ClassVar[str] = ""
+
+    def fitted(self, causal: bool) -> "MixerConfig":
+        """These settings as they apply to a causal or a bidirectional layer: what is stored with a converted layer."""
+        return self
 
     def to_dict(self) -> dict:
         return {"name": self.name, **dataclasses.asdict(self)}
@@ -69,6 +74,7 @@ class LinearMixer(nn.Module, ABC):
 
     config_class: ClassVar[type[MixerConfig]]
     supports_bidirectional: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
     # the part left out on purpose, of a mixer that has both: "window", "state" or None
     ablated: str | None = None
 
@@ -148,8 +154,19 @@ class LinearMixer(nn.Module, ABC):
                 saves the copy. Not under autograd.
 
         Returns:
-            `(output, state)`: `[B, T, H, V]` in the query's dtype, and a tuple of tensors (batch first) or `None`.
+            `(output, state)`: `[B, T, H, V]` in the dtype of query, key and value (where they differ: autocast's, else the widest), and a tuple of tensors (batch first) or `None`.
         """
+        if self.needs_hidden_states and hidden_states is None:
+            raise HybridConfigError(
+                f"{self.config_class.name} makes its gates from the layer's input. Pass hidden_states [B, T, D]."
+            )
+        if not query.dtype == key.dtype == value.dtype:
+            # autocast: rotary embedding leaves queries and keys wider than values
+            device = query.device.type
+            dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         with torch.autocast(query.device.type, enabled=False):  # autocast would round the fp32 state
             if (
                 valid is not None
@@ -172,28 +189,36 @@ class LinearMixer(nn.Module, ABC):
         if valid is None:
             valid = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
         batch, length = segments.shape
-        sequence = (
-            torch.cat([segments.new_ones(batch, 1), segments[:, 1:] != segments[:, :-1]], dim=1).view(-1).cumsum(0) - 1
-        )
+        starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+        sequence = starts.view(-1).cumsum(0) - 1  # of each token, over all rows
         lengths = torch.bincount(sequence)
         column = torch.arange(batch * length, device=query.device) - (lengths.cumsum(0) - lengths)[sequence]
-        shape = (len(lengths), int(lengths.max()))
+        flat = [None if x is None else x.flatten(0, 1) for x in (query, key, value, hidden_states, valid)]
+        output = query.new_empty(batch * length, query.shape[2], self.value_dim)
+        finals = {}
+        last = sequence.view(batch, length)[:, -1].tolist()  # a row goes on from its last sequence
+        # sequences of about one length at a time: in rows of the longest of all, many short ones would be mostly padding
+        for group in torch.unique(lengths.log2().floor()).tolist():
+            members = torch.nonzero(lengths.log2().floor() == group).view(-1)
+            tokens = torch.nonzero(torch.isin(sequence, members)).view(-1)
+            place = torch.searchsorted(members, sequence[tokens]), column[tokens]
+            shape = (len(members), int(lengths[members].max()))
 
-        def unpack(x):
-            return x.new_zeros(*shape, *x.shape[2:]).index_put((sequence, column), x.flatten(0, 1))
+            def unpack(x, place=place, tokens=tokens, shape=shape):
+                return x.new_zeros(*shape, *x.shape[1:]).index_put(place, x[tokens])
 
-        output, final = self.mix(
-            *(unpack(x) for x in (query, key, value)),
-            None if hidden_states is None else unpack(hidden_states),
-            valid=unpack(valid),
-            state=None,
-            inplace_final_state=False,
-        )
-        output = output[sequence, column].unflatten(0, (batch, length))
+            mixed, final = self.mix(
+                *(unpack(x) for x in flat[:3]), None if hidden_states is None else unpack(flat[3]), valid=unpack(flat[4]), state=None,
+                inplace_final_state=False,
+            )  # fmt: skip
+            output = output.index_put((tokens,), mixed[place])
+            for index, member in enumerate(members.tolist()):
+                if member in last:
+                    finals[member] = tuple(x[index] for x in final)
+        output = output.unflatten(0, (batch, length))
         if not output_final_state:
             return output, None
-        last = sequence.view(batch, length)[:, -1]  # a row goes on from its last sequence
-        return output, tuple(x[last] for x in final)
+        return output, tuple(torch.stack(parts) for parts in zip(*(finals[member] for member in last), strict=True))
 
     def state_bytes(self, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of cache per layer, whatever the length."""
@@ -253,15 +278,23 @@ def build_mixer(config: MixerConfig, **sizes) -> LinearMixer:
     return get_mixer(config.name)(**sizes, **settings)
 
 
-def check_initialization(names) -> tuple[str, ...]:
-    """The names as a tuple; an unknown one is an error."""
-    names = tuple(names)
+def check_initialization(names: "str | Collection[str]") -> tuple[str, ...]:
+    """Names of [`INITIALIZATIONS`] as a tuple, from a collection or a comma-separated text; `"all"` and `"none"` are understood."""
+    if isinstance(names, str):
+        names = {"all": list(INITIALIZATIONS), "none": []}.get(names) or [
+            name.strip() for name in names.split(",") if name.strip() != "none"
+        ]
+    if not isinstance(names, Collection):
+        raise HybridConfigError(
+            f"initialization must be 'all', 'none', or some of {', '.join(INITIALIZATIONS)}; got {names!r}."
+        )
     for name in names:
         if name not in INITIALIZATIONS:
             raise HybridConfigError(
-                f"initialization must name some of {', '.join(INITIALIZATIONS)}; got {name!r}.{closest(str(name), INITIALIZATIONS)}"
+                f"initialization must be 'all', 'none', or some of {', '.join(INITIALIZATIONS)}; got {name!r}."
+                f"{closest(str(name), INITIALIZATIONS)}"
             )
-    return names
+    return tuple(names)
 
 
 def check_int(where: str, name: str, value, least: int) -> None:

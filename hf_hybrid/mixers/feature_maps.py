@@ -26,6 +26,8 @@ class FeatureMap(nn.Module, ABC):
 
     # name of the same map in the compiled kernels, if they have it
     compiled: ClassVar[str | None] = None
+    # whether there is a learned projection, whose width `feature_dim` sets
+    has_projection: ClassVar[bool] = False
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__()
@@ -140,6 +142,7 @@ class HedgehogFeatureMap(FeatureMap):
     """
 
     compiled = "hedgehog"
+    has_projection = True
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__(num_heads, head_dim, feature_dim)
@@ -278,6 +281,7 @@ class TaylorFeatureMap(FeatureMap):
     """
 
     compiled = "taylor"
+    has_projection = True
 
     def __init__(self, num_heads: int, head_dim: int, feature_dim: int | None = None):
         super().__init__(num_heads, head_dim, feature_dim)

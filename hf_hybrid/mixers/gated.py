@@ -49,6 +49,7 @@ class GatedMixer(LinearMixer):
     """
 
     num_own_states: ClassVar[int] = 1
+    needs_hidden_states = True
 
     def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, **sizes):
         super().__init__(**sizes)
@@ -142,7 +143,8 @@ class OutputStage(nn.Module):
 
     def recurrent_part(self, recurrent, hidden_states):
         """`[B, T, H, V]` of the recurrence and `[B, T, D]` -> `[B, T, H, V]`."""
-        output = recurrent * torch.rsqrt(recurrent.float().square().mean(-1, keepdim=True) + 1e-6).to(recurrent.dtype)
+        wide = recurrent.to(torch.promote_types(recurrent.dtype, torch.float32))
+        output = recurrent * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6).to(recurrent.dtype)
         output = output * self.weight.to(output.dtype)
         if self.gate is not None:
             gate = 2.0 * self.gate(hidden_states).sigmoid()
@@ -169,5 +171,7 @@ class OutputStage(nn.Module):
         return torch.lerp(exact, output, self.state_share().to(output.dtype)), tuple(final[:4])
 
     def state_share(self) -> torch.Tensor:
-        """Weight of the state against the window, `[H, 1]` in (0, 1)."""
+        """Weight of the state against the window, `[H, 1]` in (0, 1); 1 without a window."""
+        if self.state_logit is None:
+            return self.weight.new_ones(len(self.weight), 1)
         return self.state_logit.sigmoid().unsqueeze(-1)

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from ..errors import HybridConfigError
 from ..ops import (
     LinearPart,
     WindowState,
@@ -35,10 +36,18 @@ class LinearAttentionConfig(MixerConfig):
     num_sink_tokens: int = 4
 
     def __post_init__(self):
-        get_feature_map(self.feature_map)
+        feature_map = get_feature_map(self.feature_map)
         if self.feature_dim is not None:
             check_int(self.name, "feature_dim", self.feature_dim, 1)
+            if not feature_map.has_projection:
+                raise HybridConfigError(
+                    f"linear_attention: the feature map {self.feature_map!r} has no projection, so that feature_dim={self.feature_dim} would "
+                    "be ignored. Leave feature_dim out."
+                )
         check_window(self)
+
+    def fitted(self, causal: bool) -> "LinearAttentionConfig":
+        return self if causal else dataclasses.replace(self, window_size=0)
 
 
 @register_mixer

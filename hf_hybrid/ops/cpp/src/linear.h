@@ -252,25 +252,23 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   }
 }
 
-// The gradient of one chunk's outputs before the division: [all, ldv], and of the sums of weights, [all]; rows from `c` on are zeros.
+// The gradient of one chunk's outputs before the division, [all, ldv], and of the sums of weights, [all]. With `normalize` the latter is still to be
+// multiplied by the products of all weights with their gradients, added up. That is <output, its gradient> as well, but not where the output was
+// rounded to bf16: gradients of scores are small differences of such sums. Rows from `c` on are zeros.
 template <typename T>
-static void grad_of_sums(const LinearArguments& a, index b, index t, index head, index c, index all, float* grad, index ldv, float* grad_sum,
-                         float* scratch) {
-  const index v = a.value_dim;
-  load_tokens<T>(a.grad_output, b, t, head, c, all, v, grad, ldv);
+static void load_grad(const LinearArguments& a, index b, index t, index head, index c, index all, float* grad, index ldv, float* grad_sum) {
+  load_tokens<T>(a.grad_output, b, t, head, c, all, a.value_dim, grad, ldv);
   zero(grad_sum, all);
-  if (!a.normalize) {
-    for (index i = 0; i < c; i++) grad_sum[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[v]);
-    return;
-  }
-  load_tokens<T>(a.output, b, t, head, c, c, v, scratch, ldv);
   for (index i = 0; i < c; i++) {
-    const float share = 1.0f / a.denominators[(b * a.tokens + t + i) * a.heads + head];
-    grad_sum[i] = -share * dot(grad + i * ldv, scratch + i * ldv, ldv);
-    scale_row(grad + i * ldv, ldv, share);
+    if (a.normalize) {
+      const float share = 1.0f / a.denominators[(b * a.tokens + t + i) * a.heads + head];
+      grad_sum[i] = -share;
+      scale_row(grad + i * ldv, ldv, share);
+    } else {
+      grad_sum[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[a.value_dim]);
+    }
   }
 }
-
 // Gradients of the maps' weights, padded, the key-value head's first: to where each sequence has its own.
 static void store_grad_weights(const LinearArguments& a, index b, index kv_head, bool has_weight, const float* grad_weights) {
   if (!has_weight) return;
@@ -289,11 +287,11 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   constexpr index C = P::CHUNK, N = BLOCK / C;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim, together = std::min(groups, HEADS_TOGETHER), R = together * C;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), weight = ldx * ldp;
-  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), R * ldx, C * ldx, C * (ldv + ldp), R * ldf + W, ldf * C, ldv * C, R * C,
+  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), R * ldx, C * ldx, C * ldp, R * ldf + W, ldf * C, ldv * C, R * C,
                             R * C, R * ldv, R, R * ldf, C * ldf, C * ldv, N * C * ldx, N * (C * ldf + W), N * C * ldv, N * ldv * ldf, N * ldf,
                             ldf * ldv, ldv * ldf, ldf}));
   float *weights = arena.take(space_for_maps<P>(a, true)), *grad_weights = arena.take(weight * (groups + 1));
-  float *x_q = arena.take(R * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp)), *q = arena.take(R * ldf + W);
+  float *x_q = arena.take(R * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * ldp), *q = arena.take(R * ldf + W);
   float *keys_t = arena.take(ldf * C), *values_t = arena.take(ldv * C), *scores = arena.take(R * C), *grad_scores = arena.take(R * C);
   float *grad = arena.take(R * ldv), *grad_sum = arena.take(R);  // of the sums before the division
   float *grad_q = arena.take(R * ldf), *grad_k = arena.take(C * ldf), *grad_v = arena.take(C * ldv);
@@ -339,21 +337,20 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
         for (index g = 0; g < heads; g++) {  // rows from c on are zeros throughout
           const index head = kv_head * groups + first + g;
           load_features<T>(maps.query[first + g], a.query, b, t, head, c, C, x_q + g * C * ldx, scratch, nullptr, q + g * C * ldf);
-          grad_of_sums<T>(a, b, t, head, c, C, grad + g * C * ldv, ldv, grad_sum + g * C, scratch);
+          load_grad<T>(a, b, t, head, c, C, grad + g * C * ldv, ldv, grad_sum + g * C);
         }
         multiply(m, C, f, rows(q, ldf), keys_t, C, scores, C, false);
         multiply(m, C, v, rows(grad, ldv), values_t, C, grad_scores, C, false);
+        multiply(m, ldf, v, rows(grad, ldv), s_t, ldf, grad_q, ldf, false);
+        for (index g = 0; g < heads; g++) hide_later<C>(scores + g * C * C);
         for (index r = 0; r < m; r++) {
+          if (a.normalize) grad_sum[r] *= dot(scores + r * C, grad_scores + r * C, C) + dot(q + r * ldf, grad_q + r * ldf, ldf);
           for (index j = 0; j < C; j += W) store(grad_scores + r * C + j, load(grad_scores + r * C + j) + grad_sum[r]);
-          set_row(grad_q + r * ldf, grad_sum[r], z, ldf);
+          add_row(grad_q + r * ldf, grad_sum[r], z, ldf);
           add_row(grad_z, grad_sum[r], q + r * ldf, ldf);
         }
-        for (index g = 0; g < heads; g++) {
-          hide_later<C>(scores + g * C * C);
-          hide_later<C>(grad_scores + g * C * C);
-        }
+        for (index g = 0; g < heads; g++) hide_later<C>(grad_scores + g * C * C);
         multiply(m, ldf, c, rows(grad_scores, C), keys, ldf, grad_q, ldf, true);
-        multiply(m, ldf, v, rows(grad, ldv), s_t, ldf, grad_q, ldf, true);
         // over all rows of all heads at once
         multiply(c, ldv, m, transposed(scores, C), grad, ldv, grad_v, ldv, true);
         multiply(c, ldf, m, transposed(grad_scores, C), q, ldf, grad_k, ldf, true);

@@ -294,8 +294,8 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
   const auto if_linear = [&](index n) { return linear ? n : 0; };
   const size_t block_space = Arena::total({C * ldx, ldx * C, C * ldv, ldv * C, C, if_linear(C * ldf + W), ldf * C, C * ldx, C * ldv, C * ldf});
   arena.reset(slots * block_space +
-              Arena::total({if_linear(space_for_maps<P>(c, true)), if_linear(weight * (groups + 1)), C * ldx, C * ldx, C * ldx, C * (ldv + ldp), C * ldf + W,
-                            C * ldf, C * ldf, C * ldv, C, C * reach, C * reach, C * C, lds * ldx, ldx * lds, lds * ldv, ldv * lds, lds * ldx, lds * ldv,
+              Arena::total({if_linear(space_for_maps<P>(c, true)), if_linear(weight * (groups + 1)), C * ldx, C * ldx, C * ldx, C * ldp, C * ldf + W,
+                            C * ldf, C * ldf, C * ldv, C, C, C * reach, C * reach, if_linear(C * reach), lds * ldx, ldx * lds, lds * ldv, ldv * lds, lds * ldx, lds * ldv,
                             N * ldv * ldf, N * ldf, ldf * ldv, ldv * ldf, ldf}));
   struct Block {
     index number, first;
@@ -309,10 +309,10 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
     each.grad_keys = arena.take(C * ldx), each.grad_values = arena.take(C * ldv), each.grad_features = arena.take(C * ldf);
   }
   float *weights = arena.take(if_linear(space_for_maps<P>(c, true))), *grad_weights = arena.take(if_linear(weight * (groups + 1)));
-  float *q = arena.take(C * ldx), *grad_q = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * (ldv + ldp));
+  float *q = arena.take(C * ldx), *grad_q = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *features_q = arena.take(C * ldf + W), *scaled_q = arena.take(C * ldf), *grad_scaled_q = arena.take(C * ldf);
-  float *grad = arena.take(C * ldv), *grad_sum = arena.take(C), *share = arena.take(C * reach), *grad_share = arena.take(C * reach);
-  float *products = arena.take(C * C), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds), *sink_values = arena.take(lds * ldv);
+  float *grad = arena.take(C * ldv), *grad_sum = arena.take(C), *weighed = arena.take(C), *share = arena.take(C * reach), *grad_share = arena.take(C * reach);
+  float *products = arena.take(if_linear(C * reach)), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds), *sink_values = arena.take(lds * ldv);
   float *sink_values_t = arena.take(ldv * lds), *grad_sink_keys = arena.take(lds * ldx), *grad_sink_values = arena.take(lds * ldv);
   float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
   float *grad_s = arena.take(ldf * ldv), *grad_s_t = arena.take(ldv * ldf), *grad_z = arena.take(ldf);
@@ -407,7 +407,7 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
       for (index g = 0; g < groups; g++) {
         const index head = kv_head * groups + g;
         load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
-        grad_of_sums<T>(c, b, t, head, count, count, grad, ldv, grad_sum, scratch);
+        load_grad<T>(c, b, t, head, count, count, grad, ldv, grad_sum);
         if (a.sinks) {
           multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
           multiply(count, lds, v, rows(grad, ldv), sink_values_t, lds, grad_share, reach, false);
@@ -416,54 +416,70 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
           multiply(count, C, k, rows(q, ldx), nth(n).keys_t, C, share + lds + n * C, reach, false);
           multiply(count, C, v, rows(grad, ldv), nth(n).values_t, C, grad_share + lds + n * C, reach, false);
         }
-        // exponential weights: the gradient of their scores replaces that of the weights, of which the largest score moves all
         for (index r = 0; r < count; r++) {
-          float *row = share + r * reach, *grad_row = grad_share + r * reach;
-          exact_weights<C>(a, sorted, t + r, lds, back + 1, nth, row);
-          vec moved = vec{}, ties = vec{};
-          for (index j = 0; j < reach; j += W) {
-            const vec weight_here = load(row + j), product = weight_here * (load(grad_row + j) + grad_sum[r]);
-            moved += product, ties += weight_here == splat(1.0f) ? splat(1.0f) : vec{};
-          }
-          const float count_of_ties = sum(ties), back_to_top = linear && count_of_ties > 0.0f ? -sum(moved) / count_of_ties : 0.0f;
-          for (index j = 0; j < reach; j += W) {
-            const vec weight_here = load(row + j), product = weight_here * (load(grad_row + j) + grad_sum[r]);
-            store(grad_row + j, weight_here == splat(1.0f) ? product + back_to_top : product);
-          }
+          exact_weights<C>(a, sorted, t + r, lds, back + 1, nth, share + r * reach);
+          weighed[r] = dot(share + r * reach, grad_share + r * reach, reach);
         }
+        const auto has_left = [&](index n, index j, index r) { return lanes.before(nth(n).first + j, t + r - a.window + 1); };
         if (linear) {
           if (maps.query[g].kind == NONE)
             std::memcpy(features_q, q, count * ldf * sizeof(float));
           else
             features(maps.query[g], count, q, scratch, nullptr, features_q);
-          const float factor = std::exp(a.log_weight[head]);
-          for (index r = 0; r < count; r++) {
-            set_row(scaled_q + r * ldf, factor, features_q + r * ldf, ldf);
-            set_row(grad_scaled_q + r * ldf, grad_sum[r], z, ldf);
+          for (index r = 0; r < count; r++) set_row(scaled_q + r * ldf, std::exp(a.log_weight[head]), features_q + r * ldf, ldf);
+          multiply(count, ldf, v, rows(grad, ldv), s_t, ldf, grad_scaled_q, ldf, false);
+          for (index r = 0; r < count; r++) weighed[r] += dot(scaled_q + r * ldf, grad_scaled_q + r * ldf, ldf);
+          for (index n = 0; n < leaving; n++) {
+            const index at = lds + n * C;
+            multiply(count, C, f, rows(scaled_q, ldf), nth(n).features_t, C, products + at, reach, false);
+            for (index r = 0; r < count; r++) {
+              vec sums = vec{};
+              for (index j = 0; j < C; j += W) {
+                const ivec left = has_left(n, j, r);
+                const vec product = left ? load(products + r * reach + at + j) : vec{};
+                sums += product * load(grad_share + r * reach + at + j);
+                store(products + r * reach + at + j, product);
+              }
+              weighed[r] += sum(sums);
+            }
           }
-          multiply(count, ldf, v, rows(grad, ldv), s_t, ldf, grad_scaled_q, ldf, true);
+        }
+        for (index r = 0; r < count; r++) {
+          grad_sum[r] *= weighed[r];
+          // exponential weights: the gradient of their scores takes the place of their own, of which the largest score moves all
+          float *row = share + r * reach, *grad_row = grad_share + r * reach, *product_row = products + r * reach;
+          vec moved = vec{}, ties = vec{};
+          for (index j = 0; j < reach; j += W) {
+            const vec each = load(grad_row + j) + grad_sum[r], weight_here = load(row + j), product = weight_here * each;
+            const bool may_have_left = linear && j >= lds && j < lds + leaving * C;
+            const ivec left = may_have_left ? has_left((j - lds) / C, (j - lds) % C, r) : ivec{};
+            moved += product, ties += weight_here == splat(1.0f) ? splat(1.0f) : vec{};
+            store(grad_row + j, product);
+            if (!may_have_left) continue;
+            // of products it stays, apart from these
+            store(row + j, left ? load(product_row + j) : weight_here);
+            store(product_row + j, left ? each : vec{});
+          }
+          const float count_of_ties = linear ? sum(ties) : 0.0f;
+          if (count_of_ties == 0.0f) continue;
+          const vec back_to_top = splat(sum(moved) / count_of_ties);
+          for (index j = 0; j < reach; j += W) {
+            const ivec left = j >= lds && j < lds + leaving * C ? has_left((j - lds) / C, (j - lds) % C, r) : ivec{};
+            const vec here = load(grad_row + j);
+            store(grad_row + j, ~left & (load(row + j) == splat(1.0f)) ? here - back_to_top : here);
+          }
+        }
+        if (linear) {
+          for (index r = 0; r < count; r++) add_row(grad_scaled_q + r * ldf, grad_sum[r], z, ldf);
           for (index n = 0; n < leaving; n++) {
             Block& from = nth(n);
-            multiply(count, C, f, rows(scaled_q, ldf), from.features_t, C, products, C, false);
-            for (index r = 0; r < count; r++)
-              for (index j = 0; j < C; j += W) {
-                float* here = share + r * reach + lds + n * C + j;
-                store(here, lanes.before(from.first + j, t + r - a.window + 1) ? load(products + r * C + j) : load(here));
-              }
-            // of these weights the gradient is that of the products, of exponential ones none
-            multiply(count, C, v, rows(grad, ldv), from.values_t, C, products, C, false);
-            for (index r = 0; r < count; r++)
-              for (index j = 0; j < C; j += W) {
-                const vec product = load(products + r * C + j) + grad_sum[r];
-                store(products + r * C + j, lanes.before(from.first + j, t + r - a.window + 1) ? product : vec{});
-              }
-            multiply(count, ldf, C, rows(products, C), from.features, ldf, grad_scaled_q, ldf, true);
-            multiply(C, ldf, count, transposed(products, C), scaled_q, ldf, from.grad_features, ldf, true);
+            multiply(count, ldf, C, rows(products + lds + n * C, reach), from.features, ldf, grad_scaled_q, ldf, true);
+            multiply(C, ldf, count, transposed(products + lds + n * C, reach), scaled_q, ldf, from.grad_features, ldf, true);
           }
           multiply(f, ldv, count, transposed(scaled_q, ldf), grad, ldv, grad_s, ldv, true);
           for (index r = 0; r < count; r++) add_row(grad_z, grad_sum[r], scaled_q + r * ldf, ldf);
           a.grad_log_weight[b * c.heads + head] += dot(scaled_q, grad_scaled_q, count * ldf);
-          scale_row(grad_scaled_q, count * ldf, factor);
+          scale_row(grad_scaled_q, count * ldf, std::exp(a.log_weight[head]));
         }
         // values
         if (a.sinks) multiply(lds, ldv, count, transposed(share, reach), grad, ldv, grad_sink_values, ldv, true);
