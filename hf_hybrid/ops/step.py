@@ -84,7 +84,7 @@ def step_gated_delta_rule(
         rows, columns = _l2_normalized(rows), _l2_normalized(columns)
     if min_decay is not None:
         decay = decay.clamp_min(min_decay)
-    kept = decay.to(wide).exp().view(num_states, -1, 1)  # [R, 1 or K, 1]
+    kept = decay.to(wide).exp().reshape(num_states, -1, 1)  # [R, 1 or K, 1]
     if initial_state is None:
         state = columns.new_zeros(num_states, key_dim, value_dim)
     else:

@@ -43,7 +43,7 @@ class LinearArguments(ctypes.Structure):
         )),
         ("scale", ctypes.c_float),
         *((name, View) for name in ("query", "key", "value", "output")),
-        *((name, pointer) for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "denominators", "block_states")),
+        *((name, pointer) for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "block_states")),
         *((name, View) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, pointer) for name in ("grad_final_state", "grad_initial_state", "grad_weight_q", "grad_weight_k")),
     ]  # fmt: skip

@@ -33,7 +33,7 @@ def linear_attention(
 
 
 def linear_arguments(feature_map, valid, normalize, query, key, value, state, weight_q, weight_k, output):
-    """The structure, and the tensors it points to: they must outlive the call."""
+    """The structure, and the tensors it points to: they must outlive the call. A backward pass writes no `output`: anything will do."""
     batch, tokens, heads, key_dim = query.shape
     query, key, value = dense(query), dense(key), dense(value)
     keep = [query, key, value, output, whole(valid), whole(state), whole(weight_q), whole(weight_k)]
@@ -54,7 +54,7 @@ def linear_arguments(feature_map, valid, normalize, query, key, value, state, we
 def _linear_forward(
     feature_map, valid, normalize, query, key, value, state, weight_q, weight_k, output_final_state, keep=False
 ):
-    """`(output, final state, denominators, states before the blocks)`; the last two for the backward pass, with `keep`."""
+    """`(output, final state, states before the blocks)`; the last for the backward pass, with `keep`."""
     batch, tokens, heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
     feature_dim = key_dim if feature_map is None else feature_map.output_dim
@@ -65,7 +65,6 @@ def _linear_forward(
         if output_final_state
         else None
     )
-    denominators = query.new_empty(batch, tokens, heads, dtype=torch.float32) if keep and normalize else None
     num_blocks = -(-tokens // BLOCK)
     block_states = (
         query.new_empty(batch, num_kv_heads, num_blocks, feature_dim, value_dim + 1, dtype=torch.float32)
@@ -75,21 +74,19 @@ def _linear_forward(
     structure, alive = linear_arguments(
         feature_map, valid, normalize, query, key, value, state, weight_q, weight_k, output
     )
-    structure.final_state, structure.denominators, structure.block_states = map(
-        address, (final, denominators, block_states)
-    )
+    structure.final_state, structure.block_states = address(final), address(block_states)
     library().hf_hybrid_linear_forward(ctypes.byref(structure))
     del alive
-    return output, final, denominators, block_states
+    return output, final, block_states
 
 
 class _LinearAttention(torch.autograd.Function):
-    """Nothing is kept but the inputs, the output and its denominators; the backward pass makes features, scores and states again."""
+    """Keeps the inputs and a state per block of tokens; the backward pass makes features, scores and the other states again."""
 
     @staticmethod
     def forward(ctx, feature_map, valid, normalize, query, key, value, state, weight_q, weight_k):
         ctx.set_materialize_grads(False)
-        output, final, denominators, block_states = _linear_forward(
+        output, final, block_states = _linear_forward(
             feature_map,
             valid,
             normalize,
@@ -103,14 +100,16 @@ class _LinearAttention(torch.autograd.Function):
             keep=True,
         )
         ctx.feature_map, ctx.normalize = feature_map, normalize
-        ctx.save_for_backward(query, key, value, state, weight_q, weight_k, valid, output, denominators, block_states)
+        ctx.save_for_backward(query, key, value, state, weight_q, weight_k, valid, block_states)
         return output, final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_state):
-        query, key, value, state, weight_q, weight_k, valid, output, denominators, block_states = ctx.saved_tensors
-        grad_output = torch.zeros_like(output) if grad_output is None else dense(grad_output)
+        query, key, value, state, weight_q, weight_k, valid, block_states = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = query.new_zeros(*query.shape[:3], value.shape[3] + (not ctx.normalize))
+        grad_output = dense(grad_output)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         grad_first = (
             None
@@ -124,14 +123,10 @@ class _LinearAttention(torch.autograd.Function):
         ]
         wide_state = None if state is None else state.float()
         structure, alive = linear_arguments(
-            ctx.feature_map, valid, ctx.normalize, query, key, value, wide_state, weight_q, weight_k, output
+            ctx.feature_map, valid, ctx.normalize, query, key, value, wide_state, weight_q, weight_k, grad_output
         )
         grad_state = None if grad_state is None else grad_state.contiguous()
-        structure.denominators, structure.block_states, structure.grad_output = (
-            address(denominators),
-            address(block_states),
-            view(grad_output),
-        )
+        structure.block_states, structure.grad_output = address(block_states), view(grad_output)
         structure.grad_query, structure.grad_key, structure.grad_value = map(view, grads)
         structure.grad_final_state, structure.grad_initial_state = address(grad_state), address(grad_first)
         structure.grad_weight_q, structure.grad_weight_k = map(address, grad_weights)

@@ -76,30 +76,31 @@ def _arguments(settings, query, key, value, valid, weight_q, weight_k, log_weigh
 
 
 class _WindowAttention(torch.autograd.Function):
-    """Keeps the inputs, the output, the sums of its weights and a state per block of tokens; the backward pass makes the weights again."""
+    """Keeps the inputs and a state per block of tokens; the backward pass makes the weights again."""
 
     @staticmethod
     def forward(ctx, settings, query, key, value, valid, weight_q, weight_k, log_weight):
         ctx.set_materialize_grads(False)
-        batch, tokens, heads, _ = query.shape
-        sums, blocks = query.new_empty(batch, tokens, heads, dtype=torch.float32), None
+        tokens, blocks = query.shape[1], None
         recurrent = _empty_recurrent(settings[0], key, value)
         if log_weight is not None:
             blocks = recurrent.new_empty(*recurrent.shape[:2], -(-tokens // structures.BLOCK), *recurrent.shape[2:])
         output, structure, alive = _arguments(settings, query, key, value, valid, weight_q, weight_k, log_weight)
         structure.after.recurrent = address(recurrent)
-        structure.common.denominators, structure.common.block_states = address(sums), address(blocks)
+        structure.common.block_states = address(blocks)
         library().hf_hybrid_window_forward(ctypes.byref(structure))
         del alive
         ctx.settings = settings
-        ctx.save_for_backward(query, key, value, valid, weight_q, weight_k, log_weight, output, sums, blocks)
+        ctx.save_for_backward(query, key, value, valid, weight_q, weight_k, log_weight, blocks)
         return output, recurrent
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_recurrent):
-        query, key, value, valid, weight_q, weight_k, log_weight, output, sums, blocks = ctx.saved_tensors
-        grad_output = torch.zeros_like(output) if grad_output is None else dense(grad_output)
+        query, key, value, valid, weight_q, weight_k, log_weight, blocks = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = query.new_zeros(*query.shape[:3], value.shape[3])
+        grad_output = dense(grad_output)
         grad_recurrent = whole(grad_recurrent)
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
         # per sequence: tasks must not write to the same numbers
@@ -108,14 +109,10 @@ class _WindowAttention(torch.autograd.Function):
             for w in (weight_q, weight_k, log_weight)
         ]
         _, structure, alive = _arguments(
-            ctx.settings, query, key, value, valid, weight_q, weight_k, log_weight, output
+            ctx.settings, query, key, value, valid, weight_q, weight_k, log_weight, grad_output
         )
         common = structure.common
-        common.denominators, common.block_states, common.grad_output = (
-            address(sums),
-            address(blocks),
-            view(grad_output),
-        )
+        common.block_states, common.grad_output = address(blocks), view(grad_output)
         common.grad_query, common.grad_key, common.grad_value = map(view, grads)
         common.grad_final_state = address(grad_recurrent)
         common.grad_weight_q, common.grad_weight_k, structure.grad_log_weight = map(address, grad_weights)

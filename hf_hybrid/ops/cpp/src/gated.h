@@ -183,6 +183,19 @@ static void delta_writes(const GatedArguments& a, index b, index state_head, ind
   solve(c, ldv, lower, C, written, ldv);
 }
 
+// How much of a state is left after some tokens, per row.
+static void kept_over(const GatedArguments& a, index b, index state_head, index t, index tokens, double* kept) {
+  const index n = a.per_channel ? a.key_dim : 1;
+  const float floor = a.per_channel ? std::max(a.min_decay, STRONGEST_CHANNEL_DECAY) : a.min_decay;
+  std::fill(kept, kept + n, 0.0);
+  for (index i = 0; i < tokens; i++) {
+    const float* decay = a.decay.at<const float>(b, t + i, state_head);
+    for (index j = 0; j < n; j++) kept[j] += std::max(decay[j], floor);
+  }
+  for (index j = 0; j < n; j++) kept[j] = std::exp(kept[j]);
+  std::fill(kept + n, kept + a.key_dim, kept[0]);
+}
+
 template <typename T, class P>
 static void gated_forward_task(const GatedArguments& a, index b, index state_head, Arena& arena) {
   constexpr index C = P::CHUNK;
@@ -191,24 +204,37 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   const index k = a.key_dim, v = a.value_dim, ldk = padded(k), ldv = padded(v), step = gated_chunk_size<P>(a);
   const index left_space = std::max(P::left_space(C, k), P::left_space(k, C));
   arena.reset(GatedChunk::space(channels, C, ldk) +
-              Arena::total({ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, k * ldv, P::right_space(k, C), P::right_space(C, ldv),
-                            P::right_space(k, ldv), left_space}));
+              Arena::total({ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, P::right_space(k, C), P::right_space(C, ldv), P::right_space(k, ldv),
+                            left_space}) +
+              State::space(k, ldv, P::SPLIT));
   GatedChunk chunk;
   chunk.take(arena, channels, C, ldk);
   float *keys_t = arena.take(ldk * C), *q = arena.take(C * ldk), *written = arena.take(C * ldv), *out = arena.take(C * ldv);
-  float *scores = arena.take(C * C), *lower = arena.take(C * C), *s = arena.take(k * ldv), *packed_keys = arena.take(P::right_space(k, C));
+  float *scores = arena.take(C * C), *lower = arena.take(C * C), *packed_keys = arena.take(P::right_space(k, C));
   float *packed_written = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(k, ldv)), *rounded = arena.take(left_space);
+
+  State state;
+  state.take(arena, k, ldv, P::SPLIT);
+  float* s = state.now;
+  std::vector<double> kept(k);
 
   const index head_at = b * a.state_heads + state_head, state_size = k * v;
   load_state(a.initial_state ? a.initial_state + head_at * state_size : nullptr, k, v, s, ldv);
+  state.open();
   for (index t = 0; t < a.tokens; t += step) {
     const index c = std::min(a.tokens - t, step);
+    if (P::SPLIT && t && t % BLOCK == 0) {
+      kept_over(a, b, state_head, t - BLOCK, BLOCK, kept.data());
+      state.close(kept.data());
+    }
     if (a.block_states && t % BLOCK == 0)
       store_state(s, k, v, ldv, a.block_states + (head_at * ((a.tokens + BLOCK - 1) / BLOCK) + t / BLOCK) * state_size);
     load_chunk<T>(a, b, state_head, t, c, C, chunk);
     load_tokens<T>(a.value, b, t, kv_head, c, chunk.filled, v, written, ldv);
-    if (channels)
-      for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, chunk.to_middle[i]);
+    if (channels) {
+      for (index i = 0; i < k; i++) state.decay(i, chunk.to_middle[i]);
+      state.refresh();
+    }
     transpose(chunk.filled, ldk, chunk.far_keys, ldk, keys_t, C);
     const auto right_keys = P::right(k, C, keys_t, C, packed_keys);
     const auto right_s = P::right(k, ldv, s, ldv, packed_s);
@@ -235,12 +261,13 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
     if (!a.final_state && t + step >= a.tokens) continue;
     if (!channels)
       for (index i = 0; i < k; i++) {
-        scale_row(s + i * ldv, ldv, chunk.from_start[c - 1]);
+        state.decay(i, chunk.from_start[c - 1]);
         for (index j = 0; j < chunk.filled; j += W) store(keys_t + i * C + j, load(keys_t + i * C + j) * load(chunk.to_end + j));
       }
-    P::multiply(k, ldv, c, P::left(k, c, keys_t, C, rounded), right_written, s, ldv, true);
+    P::multiply(k, ldv, c, P::left(k, c, keys_t, C, rounded), right_written, state.added, ldv, true);
     if (channels)
-      for (index i = 0; i < k; i++) scale_row(s + i * ldv, ldv, chunk.to_next[i]);
+      for (index i = 0; i < k; i++) state.decay(i, chunk.to_next[i]);
+    state.refresh();
   }
   if (a.final_state) store_state(s, k, v, ldv, a.final_state + head_at * state_size);
 }
@@ -259,7 +286,8 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
   const index k = a.key_dim, v = a.value_dim, ldk = padded(k), ldv = padded(v), step = gated_chunk_size<P>(a), N = BLOCK / step;
   arena.reset(N * (GatedChunk::space(channels, C, ldk) + Arena::total({k * ldv, C * ldv, C * ldv, C * C, C * C})) +
               Arena::total({k * ldv, ldk * C, C * ldk, C, C * ldk, C * ldk, C * ldv, C * ldv, C * ldv, C * ldv, C * C, C * C, C * C, C * ldk, C * ldk, C * ldk,
-                            ldk * ldv, ldv * ldk, ldk * ldv, ldv * ldk, ldk * ldv}));
+                            ldk * ldv, ldv * ldk, ldv * ldk}) +
+              State::space(ldk, ldv, true));
   std::vector<GatedChunk> chunks(N);
   std::vector<float*> states(N + 1), writes(N), differences(N), lowers(N), products(N);  // states[i]: before chunk i
   for (index i = 0; i < N; i++) {
@@ -272,14 +300,17 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
   float *grad = arena.take(C * ldv), *grad_written = arena.take(C * ldv), *written_t = arena.take(ldv * C), *scratch = arena.take(C * ldv);
   float *scores = arena.take(C * C), *grad_scores = arena.take(C * C), *grad_lower = arena.take(C * C);
   float *grad_reader = arena.take(C * ldk), *grad_writer = arena.take(C * ldk), *grad_sums = arena.take(C * ldk);  // of keys, and of cumulative decays
-  float *s = arena.take(ldk * ldv), *s_t = arena.take(ldv * ldk), *grad_s = arena.take(ldk * ldv), *grad_s_t = arena.take(ldv * ldk);
-  float* grad_middle = arena.take(ldk * ldv);
+  float *s = arena.take(ldk * ldv), *s_t = arena.take(ldv * ldk), *grad_s_t = arena.take(ldv * ldk);
+  State grad_state;
+  grad_state.take(arena, ldk, ldv, true);
+  float* grad_s = grad_state.now;
+  std::vector<double> kept(ldk, 1.0);
 
   const index head_at = b * a.state_heads + state_head, state_size = k * v, num_blocks = (a.tokens + BLOCK - 1) / BLOCK;
   zero(grad_s, ldk * ldv);
   if (a.grad_final_state) load_state(a.grad_final_state + head_at * state_size, k, v, grad_s, ldv);
   zero(s, ldk * ldv);
-  zero(grad_middle, ldk * ldv);
+  grad_state.open();
   for (index block = num_blocks - 1; block >= 0; block--) {
     const index start = block * BLOCK, count = (std::min(a.tokens - start, BLOCK) + step - 1) / step;
     load_state(a.block_states + (head_at * num_blocks + block) * state_size, k, v, states[0], ldv);
@@ -312,9 +343,10 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
       std::memcpy(s, states[i], k * ldv * sizeof(float));
       if (channels)
         for (index j = 0; j < k; j++) {
-          scale_row(grad_s + j * ldv, ldv, chunk.to_next[j]);
+          grad_state.decay(j, chunk.to_next[j]);
           scale_row(s + j * ldv, ldv, chunk.to_middle[j]);
         }
+      if (channels) grad_state.refresh();
       transpose(ldk, ldv, s, ldv, s_t, ldk);
       transpose(ldk, ldv, grad_s, ldv, grad_s_t, ldk);
       transpose(chunk.filled, ldk, chunk.far_keys, ldk, keys_t, C);
@@ -322,13 +354,12 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
       // through the state after the chunk
       multiply(c, ldv, k, rows(chunk.far_keys, ldk), grad_s, ldv, grad_written, ldv, false);
       multiply(c, ldk, v, rows(written, ldv), grad_s_t, ldk, grad_writer, ldk, false);
-      std::memcpy(grad_middle, grad_s, k * ldv * sizeof(float));
       if (!channels) {
         for (index r = 0; r < c; r++) {
           scale_row(grad_written + r * ldv, ldv, chunk.to_end[r]);
           scale_row(grad_writer + r * ldk, ldk, chunk.to_end[r]);
         }
-        for (index j = 0; j < k; j++) scale_row(grad_middle + j * ldv, ldv, chunk.from_start[c - 1]);
+        for (index j = 0; j < k; j++) grad_state.decay(j, chunk.from_start[c - 1]);
       }
       for (index g = 0; g < groups; g++) {
         const index head = state_head * groups + g;
@@ -357,7 +388,7 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
         }
         multiply(c, ldk, v, rows(read, ldv), s_t, ldk, grad_q, ldk, false);
         multiply(c, ldk, c, rows(grad_scores, C), chunk.far_keys, ldk, grad_q, ldk, true);
-        multiply(k, ldv, c, transposed(reader, ldk), read, ldv, grad_middle, ldv, true);
+        multiply(k, ldv, c, transposed(reader, ldk), read, ldv, grad_state.added, ldv, true);
         for (index j = 0; j < c * ldk; j += W) store(grad_sums + j, load(grad_sums + j) + load(reader + j) * load(grad_q + j));
         if (channels) multiply_rows(c, grad_q, chunk.near, ldk, grad_q);
         if (a.l2norm) l2_normalize_vjp(c, q, norms, grad_q, ldk);
@@ -382,7 +413,7 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
         multiply(c, ldk, v, rows(scratch, ldv), s_t, ldk, grad_reader, ldk, false);
         multiply(c, ldk, c, rows(grad_lower, C), chunk.far_keys, ldk, grad_reader, ldk, true);
         multiply(c, ldk, c, transposed(grad_lower, C), chunk.near_keys, ldk, grad_writer, ldk, true);
-        multiply(k, ldv, c, transposed(chunk.near_keys, ldk), scratch, ldv, grad_middle, ldv, true);
+        multiply(k, ldv, c, transposed(chunk.near_keys, ldk), scratch, ldv, grad_state.added, ldv, true);
       }
       store_tokens<T>(a.grad_value, b, t, state_head, c, v, grad_written, ldv);
       for (index j = 0; j < c * ldk; j += W) {
@@ -406,13 +437,15 @@ static void gated_backward_task(const GatedArguments& a, index b, index state_he
       if (channels) {
         multiply_rows(c, grad_reader, chunk.near, ldk, grad_reader);
         multiply_rows(c, grad_writer, chunk.far, ldk, grad_writer);
-        for (index j = 0; j < k; j++) scale_row(grad_middle + j * ldv, ldv, chunk.to_middle[j]);
+        for (index j = 0; j < k; j++) grad_state.decay(j, chunk.to_middle[j]);
       }
       for (index r = 0; r < c; r++) add_row(grad_writer + r * ldk, 1.0f, grad_reader + r * ldk, ldk);
       if (a.l2norm) l2_normalize_vjp(c, chunk.keys, chunk.norms, grad_writer, ldk);
       store_tokens<T>(a.grad_key, b, t, state_head, c, k, grad_writer, ldk);
-      std::memcpy(grad_s, grad_middle, k * ldv * sizeof(float));
+      grad_state.refresh();
     }
+    kept_over(a, b, state_head, start, std::min(a.tokens - start, BLOCK), kept.data());
+    grad_state.close(kept.data());
   }
   if (a.grad_initial_state) store_state(grad_s, k, v, ldv, a.grad_initial_state + head_at * state_size);
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "feature_maps.h"
+#include "sums.h"
 
 namespace hf_hybrid {
 
@@ -19,8 +20,7 @@ struct LinearArguments {  // mirrored in arguments.py
   const void *weight_q, *weight_k;  // [H, K, projected], [H_kv, K, projected] or null
   const float* initial_state;      // [B, H_kv, F, V + 1] or null
   float* final_state;              // the same or null
-  // of training: sums of weights [B, T, H], and the states before every block, [B, H_kv, ceil(T / BLOCK), F, V + 1]; or null
-  float *denominators, *block_states;
+  float* block_states;  // of training: the states before every block, [B, H_kv, ceil(T / BLOCK), F, V + 1]; or null
   View grad_output, grad_query, grad_key, grad_value;
   const float* grad_final_state;  // or null
   float* grad_initial_state;      // or null
@@ -155,11 +155,15 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), ldo = padded(v + 1);
   const index together = std::min(groups, HEADS_TOGETHER), R = together * C;  // rows of all products with queries
   const index left_space = std::max({P::left_space(R, std::max(f, C)), P::left_space(C, a.key_dim), P::left_space(f, C)});
-  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, R * ldf + W, C * ldf + W, ldf * C, C * ldv, R * C, R * ldo, f * ldv, ldf,
-                            P::right_space(f, C), P::right_space(C, ldv), P::right_space(f, ldv), left_space}));
+  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, R * ldf + W, C * ldf + W, ldf * C, C * ldv, R * C, R * ldo,
+                            P::right_space(f, C), P::right_space(C, ldv), P::right_space(f, ldv), left_space}) +
+              State::space(f, ldv, P::SPLIT) + State::space(1, ldf, P::SPLIT));
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(R * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
-  float *scores = arena.take(R * C), *out = arena.take(R * ldo), *s = arena.take(f * ldv), *z = arena.take(ldf);
+  float *scores = arena.take(R * C), *out = arena.take(R * ldo);
+  State state, sums;  // S and z
+  state.take(arena, f, ldv, P::SPLIT), sums.take(arena, 1, ldf, P::SPLIT);
+  float *s = state.now, *z = sums.now;
   float *packed_keys = arena.take(P::right_space(f, C)), *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv));
   float* rounded = arena.take(left_space);
 
@@ -171,8 +175,10 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
     zero(s, f * ldv);
   else
     unpack_state(a.initial_state + state_at, f, v, s, ldv, z);
+  state.open(), sums.open();
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
+    if (t && t % BLOCK == 0) state.close(), sums.close();
     if (a.block_states && t % BLOCK == 0) {
       const index block = (b * a.kv_heads + kv_head) * ((a.tokens + BLOCK - 1) / BLOCK) + t / BLOCK;
       pack_state(a.block_states + block * f * (v + 1), f, v, s, ldv, z);
@@ -195,18 +201,18 @@ static void linear_forward_task(const LinearArguments& a, index b, index kv_head
       for (index g = 0; g < heads; g++)
         for (index i = 0; i < c; i++) {
           const index head = kv_head * groups + first + g, row = g * C + i;
-          vec sums = products_of(q + row * ldf, z, ldf);
-          for (index j = 0; j <= i; j += W) sums += load(scores + row * C + j);
-          float weight = sum(sums);
+          vec total = products_of(q + row * ldf, z, ldf);
+          for (index j = 0; j <= i; j += W) total += load(scores + row * C + j);
+          float weight = sum(total);
           if (a.normalize && weight <= TINY) weight = INFINITY;  // a query that sees nothing: 0
-          if (a.denominators) a.denominators[(b * a.tokens + t + i) * a.heads + head] = weight;
           out[row * ldo + v] = weight;
           store_row(out + row * ldo, a.normalize ? 1.0f / weight : 1.0f, a.normalize ? v : v + 1, a.output.at<T>(b, t + i, head));
         }
     }
     if (a.final_state || t + C < a.tokens) {
-      P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), right_values, s, ldv, true);
-      add_column_sums(c, ldf, keys, ldf, z);
+      P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), right_values, state.added, ldv, true);
+      add_column_sums(c, ldf, keys, ldf, sums.added);
+      state.refresh(), sums.refresh();
       empty = false;
     }
   }
@@ -220,24 +226,26 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v);
   const index left_space = std::max({P::left_space(C, f), P::left_space(C, a.key_dim), P::left_space(f, C)});
-  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, ldf * C, C * ldv, f * ldv, ldf, P::right_space(C, ldv),
-                            P::right_space(f, ldv), left_space}));
+  arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, C * ldf + W, ldf * C, C * ldv, P::right_space(C, ldv), P::right_space(f, ldv), left_space}) +
+              Sum::space(f * ldv) + Sum::space(ldf));
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp), *rows_f = arena.take(C * ldf + W);
-  float *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv), *s = arena.take(f * ldv), *z = arena.take(ldf);
+  float *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
   float *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv)), *rounded = arena.take(left_space);
   const Maps<P> maps = maps_of<P>(a, kv_head, weights, false);
-  zero(s, f * ldv);
-  zero(z, ldf);
+  Sum state, sums;  // S and z
+  state.take(arena, f * ldv), sums.take(arena, ldf);
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
     load_features<T>(maps.key, a.key, b, t, kv_head, c, C, x, scratch, rounded, rows_f);
     hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, rows_f, ldf);
     transpose(C, ldf, rows_f, ldf, keys_t, C);
     load_tokens<T>(a.value, b, t, kv_head, c, C, v, values, ldv);
-    P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), P::right(C, ldv, values, ldv, packed_values), s, ldv, true);
-    add_column_sums(c, ldf, rows_f, ldf, z);
+    P::multiply(f, ldv, c, P::left(f, c, keys_t, C, rounded), P::right(C, ldv, values, ldv, packed_values), state.added, ldv, true);
+    add_column_sums(c, ldf, rows_f, ldf, sums.added);
+    if ((t + C) % BLOCK == 0) state.close(), sums.close();
   }
-  const auto right_s = P::right(f, ldv, s, ldv, packed_s);
+  const auto right_s = P::right(f, ldv, state.result(), ldv, packed_s);
+  const float* z = sums.result();
   for (index t = 0; t < a.tokens; t += C) {
     const index c = a.tokens - t < C ? a.tokens - t : C;
     for (index g = 0; g < groups; g++) {
@@ -252,26 +260,28 @@ static void bidirectional_task(const LinearArguments& a, index b, index kv_head,
   }
 }
 
-// The gradient of one chunk's outputs before the division, [all, ldv], and of the sums of weights, [all]. With `normalize` the latter is still to be
-// multiplied by the products of all weights with their gradients, added up. That is <output, its gradient> as well, but not where the output was
-// rounded to bf16: gradients of scores are small differences of such sums. Rows from `c` on are zeros.
+// The gradient of one chunk's outputs before the division, [all, ldv], and of the sums of weights, `sums` [all], in their place. With `normalize` the
+// latter is still to be multiplied by the products of all weights with their gradients, added up. That is <output, its gradient> as well, but not
+// where the output was rounded to bf16: gradients of scores are small differences of such sums. Rows from `c` on are zeros.
 template <typename T>
-static void load_grad(const LinearArguments& a, index b, index t, index head, index c, index all, float* grad, index ldv, float* grad_sum) {
+static void load_grad(const LinearArguments& a, index b, index t, index head, index c, index all, float* grad, index ldv, float* sums) {
   load_tokens<T>(a.grad_output, b, t, head, c, all, a.value_dim, grad, ldv);
-  zero(grad_sum, all);
   for (index i = 0; i < c; i++) {
     if (a.normalize) {
-      const float share = 1.0f / a.denominators[(b * a.tokens + t + i) * a.heads + head];
-      grad_sum[i] = -share;
+      const float share = sums[i] <= TINY ? 0.0f : 1.0f / sums[i];
+      sums[i] = -share;
       scale_row(grad + i * ldv, ldv, share);
     } else {
-      grad_sum[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[a.value_dim]);
+      sums[i] = to_float(a.grad_output.at<const T>(b, t + i, head)[a.value_dim]);
     }
   }
+  zero(sums + c, all - c);
 }
+
 // Gradients of the maps' weights, padded, the key-value head's first: to where each sequence has its own.
-static void store_grad_weights(const LinearArguments& a, index b, index kv_head, bool has_weight, const float* grad_weights) {
+static void store_grad_weights(const LinearArguments& a, index b, index kv_head, bool has_weight, Sum& weights) {
   if (!has_weight) return;
+  const float* grad_weights = weights.result();
   const index groups = a.heads / a.kv_heads, size = a.key_dim * a.projected_dim, ldp = padded(a.projected_dim), weight = padded(a.key_dim) * ldp;
   for (index g = 0; g <= groups; g++) {
     float* to = g ? a.grad_weight_q + (b * a.heads + kv_head * groups + g - 1) * size : a.grad_weight_k + (b * a.kv_heads + kv_head) * size;
@@ -287,10 +297,11 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   constexpr index C = P::CHUNK, N = BLOCK / C;
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim, together = std::min(groups, HEADS_TOGETHER), R = together * C;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), weight = ldx * ldp;
-  arena.reset(Arena::total({space_for_maps<P>(a, true), weight * (groups + 1), R * ldx, C * ldx, C * ldp, R * ldf + W, ldf * C, ldv * C, R * C,
+  arena.reset(Arena::total({space_for_maps<P>(a, true), R * ldx, C * ldx, C * ldp, R * ldf + W, ldf * C, ldv * C, R * C,
                             R * C, R * ldv, R, R * ldf, C * ldf, C * ldv, N * C * ldx, N * (C * ldf + W), N * C * ldv, N * ldv * ldf, N * ldf,
-                            ldf * ldv, ldv * ldf, ldf}));
-  float *weights = arena.take(space_for_maps<P>(a, true)), *grad_weights = arena.take(weight * (groups + 1));
+                            ldv * ldf}) +
+              Sum::space(weight * (groups + 1)) + State::space(ldf, ldv, true) + State::space(1, ldf, true));
+  float* weights = arena.take(space_for_maps<P>(a, true));
   float *x_q = arena.take(R * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * ldp), *q = arena.take(R * ldf + W);
   float *keys_t = arena.take(ldf * C), *values_t = arena.take(ldv * C), *scores = arena.take(R * C), *grad_scores = arena.take(R * C);
   float *grad = arena.take(R * ldv), *grad_sum = arena.take(R);  // of the sums before the division
@@ -298,14 +309,18 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
   // of every chunk of the block: keys, their features, values, and the state before, transposed
   float *all_x = arena.take(N * C * ldx), *all_keys = arena.take(N * (C * ldf + W)), *all_values = arena.take(N * C * ldv);
   float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
-  float *grad_s = arena.take(ldf * ldv), *grad_s_t = arena.take(ldv * ldf), *grad_z = arena.take(ldf);  // of the state after the chunk
+  float* grad_s_t = arena.take(ldv * ldf);
+  Sum grad_weights;
+  State grad_state, grad_sums;  // of S and z after the chunk
+  grad_weights.take(arena, a.weight_k ? weight * (groups + 1) : 0), grad_state.take(arena, ldf, ldv, true), grad_sums.take(arena, 1, ldf, true);
+  float *grad_s = grad_state.now, *grad_z = grad_sums.now;
 
   const Maps<P> maps = maps_of<P>(a, kv_head, weights, true);
-  zero(grad_weights, weight * (groups + 1));
   const index head_at = b * a.kv_heads + kv_head, state_size = f * (v + 1), num_blocks = (a.tokens + BLOCK - 1) / BLOCK;
   zero(grad_s, ldf * ldv);
   zero(grad_z, ldf);
   if (a.grad_final_state) unpack_state(a.grad_final_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
+  grad_state.open(), grad_sums.open();
   for (index block = num_blocks - 1; block >= 0; block--) {
     const index start = block * BLOCK, chunks = (std::min(a.tokens - start, BLOCK) + C - 1) / C;
     unpack_transposed(a.block_states + (head_at * num_blocks + block) * state_size, f, v, all_s_t, ldf, all_z);
@@ -337,29 +352,33 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
         for (index g = 0; g < heads; g++) {  // rows from c on are zeros throughout
           const index head = kv_head * groups + first + g;
           load_features<T>(maps.query[first + g], a.query, b, t, head, c, C, x_q + g * C * ldx, scratch, nullptr, q + g * C * ldf);
-          load_grad<T>(a, b, t, head, c, C, grad + g * C * ldv, ldv, grad_sum + g * C);
         }
         multiply(m, C, f, rows(q, ldf), keys_t, C, scores, C, false);
+        for (index g = 0; g < heads; g++) {
+          const index at = g * C;
+          hide_later<C>(scores + at * C);
+          for (index r = at; r < at + c; r++) grad_sum[r] = dot(q + r * ldf, z, ldf) + row_sum(scores + r * C, C);
+          load_grad<T>(a, b, t, kv_head * groups + first + g, c, C, grad + at * ldv, ldv, grad_sum + at);
+        }
         multiply(m, C, v, rows(grad, ldv), values_t, C, grad_scores, C, false);
         multiply(m, ldf, v, rows(grad, ldv), s_t, ldf, grad_q, ldf, false);
-        for (index g = 0; g < heads; g++) hide_later<C>(scores + g * C * C);
         for (index r = 0; r < m; r++) {
           if (a.normalize) grad_sum[r] *= dot(scores + r * C, grad_scores + r * C, C) + dot(q + r * ldf, grad_q + r * ldf, ldf);
           for (index j = 0; j < C; j += W) store(grad_scores + r * C + j, load(grad_scores + r * C + j) + grad_sum[r]);
           add_row(grad_q + r * ldf, grad_sum[r], z, ldf);
-          add_row(grad_z, grad_sum[r], q + r * ldf, ldf);
+          add_row(grad_sums.added, grad_sum[r], q + r * ldf, ldf);
         }
         for (index g = 0; g < heads; g++) hide_later<C>(grad_scores + g * C * C);
         multiply(m, ldf, c, rows(grad_scores, C), keys, ldf, grad_q, ldf, true);
         // over all rows of all heads at once
         multiply(c, ldv, m, transposed(scores, C), grad, ldv, grad_v, ldv, true);
         multiply(c, ldf, m, transposed(grad_scores, C), q, ldf, grad_k, ldf, true);
-        multiply(f, ldv, m, transposed(q, ldf), grad, ldv, grad_s, ldv, true);
+        multiply(f, ldv, m, transposed(q, ldf), grad, ldv, grad_state.added, ldv, true);
         for (index g = 0; g < heads; g++) {
           const index head = kv_head * groups + first + g;
           float* result = grad_q + g * C * ldf;
           if (a.map != NONE) {
-            float* own = grad_weights + (first + g + 1) * weight;
+            float* own = grad_weights.added + (first + g + 1) * weight;
             features_vjp(maps.query[first + g], c, x_q + g * C * ldx, scratch, q + g * C * ldf, result, grad_x, own);
             result = grad_x;
           }
@@ -368,9 +387,11 @@ static void linear_backward_task(const LinearArguments& a, index b, index kv_hea
       }
       store_tokens<T>(a.grad_value, b, t, kv_head, c, v, grad_v, ldv);
       hide_tokens(a.valid ? a.valid + b * a.tokens + t : nullptr, c, grad_k, ldf);
-      if (a.map != NONE) features_vjp(maps.key, c, x, scratch, keys, grad_k, grad_x, grad_weights);
+      if (a.map != NONE) features_vjp(maps.key, c, x, scratch, keys, grad_k, grad_x, grad_weights.added);
       store_tokens<T>(a.grad_key, b, t, kv_head, c, a.key_dim, a.map == NONE ? grad_k : grad_x, ldx);
+      grad_state.refresh(), grad_sums.refresh();
     }
+    grad_state.close(), grad_sums.close(), grad_weights.close();
   }
   if (a.grad_initial_state) pack_state(a.grad_initial_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
   store_grad_weights(a, b, kv_head, maps.key.has_weight(), grad_weights);

@@ -137,12 +137,14 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
                                      if_linear(P::right_space(f, C))});
   const index left_space = std::max({P::left_space(C, k), if_linear(P::left_space(C, f)), if_linear(P::left_space(f, C)), P::left_space(C, std::max(lds, C))});
   arena.reset(Arena::total({if_linear(space_for_maps<P>(c, false)), C * ldx, C * ldp, C * ldx, C * ldf + W, lds * ldx, ldx * lds, lds * ldv, C * reach,
-                            C * C, C * ldv, if_linear(f * ldv), ldf, P::right_space(k, lds), P::right_space(lds, ldv), if_linear(P::right_space(f, ldv)), left_space, left_space}) +
-              (back + 1) * block);
+                            C * C, C * ldv, P::right_space(k, lds), P::right_space(lds, ldv), if_linear(P::right_space(f, ldv)), left_space, left_space}) +
+              (back + 1) * block + State::space(if_linear(f), ldv, P::SPLIT) + State::space(1, ldf, P::SPLIT));
   float *weights = arena.take(if_linear(space_for_maps<P>(c, false))), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(C * ldx), *features_q = arena.take(C * ldf + W), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds);
   float *sink_values = arena.take(lds * ldv), *share = arena.take(C * reach), *products = arena.take(C * C), *out = arena.take(C * ldv);
-  float *s = arena.take(if_linear(f * ldv)), *z = arena.take(ldf);
+  State state, sums;  // S and z
+  state.take(arena, if_linear(f), ldv, P::SPLIT), sums.take(arena, 1, ldf, P::SPLIT);
+  float *s = state.now, *z = sums.now;
   float *packed_sink_keys = arena.take(P::right_space(k, lds)), *packed_sink_values = arena.take(P::right_space(lds, ldv));
   float *packed_s = arena.take(if_linear(P::right_space(f, ldv))), *rounded = arena.take(left_space), *rounded_q = arena.take(left_space);
 
@@ -199,11 +201,13 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
     zero(s, f * ldv);
     zero(z, ldf);
     if (a.before.key && a.before.recurrent) unpack_state(a.before.recurrent + head_at * f * (v + 1), f, v, s, ldv, z), empty = false;
+    state.open(), sums.open();
   }
   const auto absorb = [&](Block& from, index tokens) {
     map_block(from);
-    P::multiply(f, ldv, tokens, P::left(f, tokens, from.features_t, C, rounded), from.right_values, s, ldv, true);
-    add_column_sums(tokens, ldf, from.features, ldf, z);
+    P::multiply(f, ldv, tokens, P::left(f, tokens, from.features_t, C, rounded), from.right_values, state.added, ldv, true);
+    add_column_sums(tokens, ldf, from.features, ldf, sums.added);
+    state.refresh(), sums.refresh();
     empty = false;
   };
 
@@ -222,6 +226,7 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
     const index oldest = (t / C) % (back + 1);
     const auto nth = [&](index n) -> Block& { return ring[(oldest + n) % (back + 1)]; };
     fill(nth(back), t);
+    if (linear && t && t % BLOCK == 0) state.close(), sums.close();
     if (c.block_states && t % BLOCK == 0)
       pack_state(c.block_states + (head_at * ((c.tokens + BLOCK - 1) / BLOCK) + t / BLOCK) * f * (v + 1), f, v, s, ldv, z);
     // blocks some of whose keys have left the window of some query of this block
@@ -260,10 +265,9 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
       for (index n = 0; n <= back; n++)
         P::multiply(count, ldv, C, P::left(count, C, share + lds + n * C, reach, rounded), nth(n).right_values, out, ldv, older || a.sinks || n);
       for (index i = 0; i < count; i++) {
-        vec sums = older ? products_of(features_q + i * ldf, z, ldf) : vec{};
-        for (index j = 0; j < reach; j += W) sums += load(share + i * reach + j);
-        const float total = sum(sums);
-        if (c.denominators) c.denominators[(b * c.tokens + t + i) * c.heads + head] = total <= TINY ? INFINITY : total;
+        vec all = older ? products_of(features_q + i * ldf, z, ldf) : vec{};
+        for (index j = 0; j < reach; j += W) all += load(share + i * reach + j);
+        const float total = sum(all);
         store_row(out + i * ldv, total <= TINY ? 0.0f : 1.0f / total, v, c.output.at<T>(b, t + i, head));
       }
     }
@@ -294,9 +298,10 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
   const auto if_linear = [&](index n) { return linear ? n : 0; };
   const size_t block_space = Arena::total({C * ldx, ldx * C, C * ldv, ldv * C, C, if_linear(C * ldf + W), ldf * C, C * ldx, C * ldv, C * ldf});
   arena.reset(slots * block_space +
-              Arena::total({if_linear(space_for_maps<P>(c, true)), if_linear(weight * (groups + 1)), C * ldx, C * ldx, C * ldx, C * ldp, C * ldf + W,
-                            C * ldf, C * ldf, C * ldv, C, C, C * reach, C * reach, if_linear(C * reach), lds * ldx, ldx * lds, lds * ldv, ldv * lds, lds * ldx, lds * ldv,
-                            N * ldv * ldf, N * ldf, ldf * ldv, ldv * ldf, ldf}));
+              Arena::total({if_linear(space_for_maps<P>(c, true)), C * ldx, C * ldx, C * ldx, C * ldp, C * ldf + W,
+                            C * ldf, C * ldf, C * ldv, C, C, C * reach, C * reach, if_linear(C * reach), lds * ldx, ldx * lds, lds * ldv, ldv * lds,
+                            N * ldv * ldf, N * ldf, ldv * ldf}) +
+              Sum::space(weight * (groups + 1)) + Sum::space(lds * ldx) + Sum::space(lds * ldv) + State::space(ldf, ldv, true) + State::space(1, ldf, true));
   struct Block {
     index number, first;
     float *keys, *keys_t, *values, *values_t, *seen, *features, *features_t, *grad_keys, *grad_values, *grad_features;
@@ -308,14 +313,20 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
     each.seen = arena.take(C), each.features = arena.take(if_linear(C * ldf + W)), each.features_t = arena.take(ldf * C);
     each.grad_keys = arena.take(C * ldx), each.grad_values = arena.take(C * ldv), each.grad_features = arena.take(C * ldf);
   }
-  float *weights = arena.take(if_linear(space_for_maps<P>(c, true))), *grad_weights = arena.take(if_linear(weight * (groups + 1)));
+  float* weights = arena.take(if_linear(space_for_maps<P>(c, true)));
   float *q = arena.take(C * ldx), *grad_q = arena.take(C * ldx), *grad_x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *features_q = arena.take(C * ldf + W), *scaled_q = arena.take(C * ldf), *grad_scaled_q = arena.take(C * ldf);
   float *grad = arena.take(C * ldv), *grad_sum = arena.take(C), *weighed = arena.take(C), *share = arena.take(C * reach), *grad_share = arena.take(C * reach);
   float *products = arena.take(if_linear(C * reach)), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds), *sink_values = arena.take(lds * ldv);
-  float *sink_values_t = arena.take(ldv * lds), *grad_sink_keys = arena.take(lds * ldx), *grad_sink_values = arena.take(lds * ldv);
+  float* sink_values_t = arena.take(ldv * lds);
   float *all_s_t = arena.take(N * ldv * ldf), *all_z = arena.take(N * ldf);
-  float *grad_s = arena.take(ldf * ldv), *grad_s_t = arena.take(ldv * ldf), *grad_z = arena.take(ldf);
+  float* grad_s_t = arena.take(ldv * ldf);
+  Sum grad_weights, grad_sink_keys, grad_sink_values;
+  grad_weights.take(arena, linear && c.weight_k ? weight * (groups + 1) : 0), grad_sink_keys.take(arena, lds * ldx), grad_sink_values.take(arena, lds * ldv);
+  std::vector<double> grad_log_weight(groups, 0.0);
+  State grad_state, grad_sums;  // of S and z
+  grad_state.take(arena, ldf, ldv, true), grad_sums.take(arena, 1, ldf, true);
+  float *grad_s = grad_state.now, *grad_z = grad_sums.now;
 
   const Sorted sorted(a, b);
   const Lanes lanes;
@@ -357,8 +368,6 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
 
   zero(sink_keys, lds * ldx);
   zero(sink_values, lds * ldv);
-  zero(grad_sink_keys, lds * ldx);
-  zero(grad_sink_values, lds * ldv);
   for (index slot = 0; slot < sorted.found; slot++) {
     load_row(c.key.at<const T>(b, sorted.sink_position[slot], kv_head), k, sink_keys + slot * ldx, ldx);
     load_row(c.value.at<const T>(b, sorted.sink_position[slot], kv_head), v, sink_values + slot * ldv, ldv);
@@ -366,11 +375,10 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
   transpose(lds, ldx, sink_keys, ldx, sink_keys_t, lds);
   transpose(lds, ldv, sink_values, ldv, sink_values_t, lds);
   if (linear) {
-    zero(grad_weights, weight * (groups + 1));
     zero(grad_s, ldf * ldv);
     zero(grad_z, ldf);
     if (c.grad_final_state) unpack_state(c.grad_final_state + head_at * state_size, f, v, grad_s, ldv, grad_z);
-    for (index g = 0; g < groups; g++) a.grad_log_weight[b * c.heads + kv_head * groups + g] = 0.0f;
+    grad_state.open(), grad_sums.open();
   }
 
   const index num_chunks = (c.tokens + C - 1) / C, num_blocks = (num_chunks + N - 1) / N;
@@ -407,18 +415,11 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
       for (index g = 0; g < groups; g++) {
         const index head = kv_head * groups + g;
         load_tokens<T>(c.query, b, t, head, count, count, k, q, ldx);
-        load_grad<T>(c, b, t, head, count, count, grad, ldv, grad_sum);
-        if (a.sinks) {
-          multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
-          multiply(count, lds, v, rows(grad, ldv), sink_values_t, lds, grad_share, reach, false);
-        }
-        for (index n = 0; n <= back; n++) {
-          multiply(count, C, k, rows(q, ldx), nth(n).keys_t, C, share + lds + n * C, reach, false);
-          multiply(count, C, v, rows(grad, ldv), nth(n).values_t, C, grad_share + lds + n * C, reach, false);
-        }
+        if (a.sinks) multiply(count, lds, k, rows(q, ldx), sink_keys_t, lds, share, reach, false);
+        for (index n = 0; n <= back; n++) multiply(count, C, k, rows(q, ldx), nth(n).keys_t, C, share + lds + n * C, reach, false);
         for (index r = 0; r < count; r++) {
           exact_weights<C>(a, sorted, t + r, lds, back + 1, nth, share + r * reach);
-          weighed[r] = dot(share + r * reach, grad_share + r * reach, reach);
+          grad_sum[r] = row_sum(share + r * reach, reach);  // so far of the weights
         }
         const auto has_left = [&](index n, index j, index r) { return lanes.before(nth(n).first + j, t + r - a.window + 1); };
         if (linear) {
@@ -426,23 +427,27 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
             std::memcpy(features_q, q, count * ldf * sizeof(float));
           else
             features(maps.query[g], count, q, scratch, nullptr, features_q);
-          for (index r = 0; r < count; r++) set_row(scaled_q + r * ldf, std::exp(a.log_weight[head]), features_q + r * ldf, ldf);
-          multiply(count, ldf, v, rows(grad, ldv), s_t, ldf, grad_scaled_q, ldf, false);
-          for (index r = 0; r < count; r++) weighed[r] += dot(scaled_q + r * ldf, grad_scaled_q + r * ldf, ldf);
+          for (index r = 0; r < count; r++) {
+            set_row(scaled_q + r * ldf, std::exp(a.log_weight[head]), features_q + r * ldf, ldf);
+            grad_sum[r] += dot(scaled_q + r * ldf, z, ldf);
+          }
           for (index n = 0; n < leaving; n++) {
-            const index at = lds + n * C;
-            multiply(count, C, f, rows(scaled_q, ldf), nth(n).features_t, C, products + at, reach, false);
-            for (index r = 0; r < count; r++) {
-              vec sums = vec{};
-              for (index j = 0; j < C; j += W) {
-                const ivec left = has_left(n, j, r);
-                const vec product = left ? load(products + r * reach + at + j) : vec{};
-                sums += product * load(grad_share + r * reach + at + j);
-                store(products + r * reach + at + j, product);
-              }
-              weighed[r] += sum(sums);
+            float* from = products + lds + n * C;
+            multiply(count, C, f, rows(scaled_q, ldf), nth(n).features_t, C, from, reach, false);
+            for (index r = 0; r < count; r++, from += reach) {
+              for (index j = 0; j < C; j += W) store(from + j, has_left(n, j, r) ? load(from + j) : vec{});
+              grad_sum[r] += row_sum(from, C);
             }
           }
+        }
+        load_grad<T>(c, b, t, head, count, count, grad, ldv, grad_sum);
+        if (a.sinks) multiply(count, lds, v, rows(grad, ldv), sink_values_t, lds, grad_share, reach, false);
+        for (index n = 0; n <= back; n++) multiply(count, C, v, rows(grad, ldv), nth(n).values_t, C, grad_share + lds + n * C, reach, false);
+        if (linear) multiply(count, ldf, v, rows(grad, ldv), s_t, ldf, grad_scaled_q, ldf, false);
+        for (index r = 0; r < count; r++) {
+          const float* grad_row = grad_share + r * reach;
+          weighed[r] = dot(share + r * reach, grad_row, reach);
+          if (linear) weighed[r] += dot(scaled_q + r * ldf, grad_scaled_q + r * ldf, ldf) + dot(products + r * reach + lds, grad_row + lds, leaving * C);
         }
         for (index r = 0; r < count; r++) {
           grad_sum[r] *= weighed[r];
@@ -476,20 +481,20 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
             multiply(count, ldf, C, rows(products + lds + n * C, reach), from.features, ldf, grad_scaled_q, ldf, true);
             multiply(C, ldf, count, transposed(products + lds + n * C, reach), scaled_q, ldf, from.grad_features, ldf, true);
           }
-          multiply(f, ldv, count, transposed(scaled_q, ldf), grad, ldv, grad_s, ldv, true);
-          for (index r = 0; r < count; r++) add_row(grad_z, grad_sum[r], scaled_q + r * ldf, ldf);
-          a.grad_log_weight[b * c.heads + head] += dot(scaled_q, grad_scaled_q, count * ldf);
+          multiply(f, ldv, count, transposed(scaled_q, ldf), grad, ldv, grad_state.added, ldv, true);
+          for (index r = 0; r < count; r++) add_row(grad_sums.added, grad_sum[r], scaled_q + r * ldf, ldf);
+          grad_log_weight[g] += dot(scaled_q, grad_scaled_q, count * ldf);
           scale_row(grad_scaled_q, count * ldf, std::exp(a.log_weight[head]));
         }
         // values
-        if (a.sinks) multiply(lds, ldv, count, transposed(share, reach), grad, ldv, grad_sink_values, ldv, true);
+        if (a.sinks) multiply(lds, ldv, count, transposed(share, reach), grad, ldv, grad_sink_values.added, ldv, true);
         for (index n = 0; n <= back; n++)
           multiply(C, ldv, count, transposed(share + lds + n * C, reach), grad, ldv, nth(n).grad_values, ldv, true);
         // keys and queries through the scores
         scale_row(grad_share, count * reach, a.score_scale);
         if (a.sinks) {
           multiply(count, ldx, lds, rows(grad_share, reach), sink_keys, ldx, grad_q, ldx, false);
-          multiply(lds, ldx, count, transposed(grad_share, reach), q, ldx, grad_sink_keys, ldx, true);
+          multiply(lds, ldx, count, transposed(grad_share, reach), q, ldx, grad_sink_keys.added, ldx, true);
         } else {
           zero(grad_q, C * ldx);
         }
@@ -500,7 +505,7 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
         if (linear) {
           const float* through = grad_scaled_q;
           if (maps.query[g].kind != NONE) {
-            features_vjp(maps.query[g], count, q, scratch, features_q, grad_scaled_q, grad_x, grad_weights + (g + 1) * weight);
+            features_vjp(maps.query[g], count, q, scratch, features_q, grad_scaled_q, grad_x, grad_weights.added + (g + 1) * weight);
             through = grad_x;
           }
           for (index r = 0; r < count; r++) add_row(grad_q + r * ldx, 1.0f, through + r * ldx, ldx);
@@ -513,20 +518,26 @@ static void window_backward_task(const WindowArguments& a, index b, index kv_hea
           if (done.seen[r] == 0.0f) zero(done.grad_features + r * ldf, ldf);
         const float* through = done.grad_features;
         if (maps.key.kind != NONE) {
-          features_vjp(maps.key, count, done.keys, scratch, done.features, done.grad_features, grad_x, grad_weights);
+          features_vjp(maps.key, count, done.keys, scratch, done.features, done.grad_features, grad_x, grad_weights.added);
           through = grad_x;
         }
         for (index r = 0; r < count; r++) add_row(done.grad_keys + r * ldx, 1.0f, through + r * ldx, ldx);
+        grad_state.refresh(), grad_sums.refresh();
       }
       store_tokens<T>(c.grad_key, b, t, kv_head, count, k, done.grad_keys, ldx);
       store_tokens<T>(c.grad_value, b, t, kv_head, count, v, done.grad_values, ldv);
     }
+    if (linear) grad_state.close(), grad_sums.close(), grad_weights.close();
+    grad_sink_keys.close(), grad_sink_values.close();
   }
+  const float *sink_k = grad_sink_keys.result(), *sink_v = grad_sink_values.result();
   for (index slot = 0; slot < sorted.found; slot++) {
-    store_row(grad_sink_keys + slot * ldx, 1.0f, k, c.grad_key.at<T>(b, sorted.sink_position[slot], kv_head));
-    store_row(grad_sink_values + slot * ldv, 1.0f, v, c.grad_value.at<T>(b, sorted.sink_position[slot], kv_head));
+    store_row(sink_k + slot * ldx, 1.0f, k, c.grad_key.at<T>(b, sorted.sink_position[slot], kv_head));
+    store_row(sink_v + slot * ldv, 1.0f, v, c.grad_value.at<T>(b, sorted.sink_position[slot], kv_head));
   }
-  if (linear) store_grad_weights(c, b, kv_head, maps.key.has_weight(), grad_weights);
+  if (!linear) return;
+  for (index g = 0; g < groups; g++) a.grad_log_weight[b * c.heads + kv_head * groups + g] = float(grad_log_weight[g]);
+  store_grad_weights(c, b, kv_head, maps.key.has_weight(), grad_weights);
 }
 
 // One token; the state is changed in place. All heads of a sequence in one thread.
