@@ -217,24 +217,25 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   state.take(arena, k, ldv, P::SPLIT);
   float* s = state.now;
   std::vector<double> kept(k);
+  std::vector<float> pending(k, 1.0f);  // per channel: decays that wait for those of the next chunk
 
   const index head_at = b * a.state_heads + state_head, state_size = k * v;
   load_state(a.initial_state ? a.initial_state + head_at * state_size : nullptr, k, v, s, ldv);
   state.open();
   for (index t = 0; t < a.tokens; t += step) {
     const index c = std::min(a.tokens - t, step);
-    if (P::SPLIT && t && t % BLOCK == 0) {
-      kept_over(a, b, state_head, t - BLOCK, BLOCK, kept.data());
+    if (t && t % BLOCK == 0) {
+      if (channels)
+        for (index i = 0; i < k; i++) state.decay(i, std::exchange(pending[i], 1.0f));
+      if (P::SPLIT) kept_over(a, b, state_head, t - BLOCK, BLOCK, kept.data());
       state.close(kept.data());
     }
     if (a.block_states && t % BLOCK == 0)
       store_state(s, k, v, ldv, a.block_states + (head_at * ((a.tokens + BLOCK - 1) / BLOCK) + t / BLOCK) * state_size);
     load_chunk<T>(a, b, state_head, t, c, C, chunk);
     load_tokens<T>(a.value, b, t, kv_head, c, chunk.filled, v, written, ldv);
-    if (channels) {
-      for (index i = 0; i < k; i++) state.decay(i, chunk.to_middle[i]);
-      state.refresh();
-    }
+    if (channels)
+      for (index i = 0; i < k; i++) state.decay_and_refresh(i, pending[i] * chunk.to_middle[i]);
     transpose(chunk.filled, ldk, chunk.far_keys, ldk, keys_t, C);
     const auto right_keys = P::right(k, C, keys_t, C, packed_keys);
     const auto right_s = P::right(k, ldv, s, ldv, packed_s);
@@ -266,9 +267,12 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       }
     P::multiply(k, ldv, c, P::left(k, c, keys_t, C, rounded), right_written, state.added, ldv, true);
     if (channels)
-      for (index i = 0; i < k; i++) state.decay(i, chunk.to_next[i]);
-    state.refresh();
+      std::copy(chunk.to_next, chunk.to_next + k, pending.begin());
+    else
+      state.refresh();
   }
+  if (channels)
+    for (index i = 0; i < k; i++) state.decay_and_refresh(i, pending[i]);
   if (a.final_state) store_state(s, k, v, ldv, a.final_state + head_at * state_size);
 }
 

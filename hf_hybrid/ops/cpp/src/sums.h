@@ -67,11 +67,21 @@ struct State {
     for (index j = 0; j < ld; j += W) store(x + j, load(x + j) * factor);
     if (split_) kept_[row] *= factor;
   }
-  // `now` after `decay` and additions
+  // `now` after decays and additions
   void refresh() {
     if (!split_) return;
     for (index i = 0; i < rows; i++)
       for (index j = i * ld; j < (i + 1) * ld; j += W) store(now + j, load(start_ + j) * kept_[i] + load(added + j));
+  }
+  // both in one go, of one row
+  void decay_and_refresh(index row, float factor) {
+    if (!split_) return decay(row, factor);
+    const float kept = kept_[row] *= factor;
+    for (index j = row * ld; j < (row + 1) * ld; j += W) {
+      const vec x = load(added + j) * factor;
+      store(added + j, x);
+      store(now + j, load(start_ + j) * kept + x);
+    }
   }
 
  private:
