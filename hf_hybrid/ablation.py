@@ -56,13 +56,22 @@ def state_share(model: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
 
     Returns:
         `dict[str, float]`: By the mixer's name in the model.
+
+    Raises:
+        HybridConfigError: If no mixer has both parts, there are no batches, or the model is inside an [`ablate`] block.
     """
-    mixers = _window_mixers(model)
+    mixers, batches = _window_mixers(model), list(batches)
+    if not batches:
+        raise HybridConfigError("state_share: batches is empty. Pass at least one.")
+    if any(mixer.ablated is not None for mixer in mixers.values()):
+        raise HybridConfigError(
+            "state_share: the model is ablated already, so that nothing can be compared. Leave the `ablate` block first."
+        )
     sums = {name: [0.0, 0.0] for name in mixers}
 
     def hook_of(name):
         def hook(mixer, args, kwargs, result):
-            if mixer.ablated is not None:
+            if mixer.ablated is not None:  # called from in here
                 return
             kwargs = {**kwargs, "inplace_final_state": False, "output_final_state": False}
             mixer.ablated = "state"
@@ -83,7 +92,7 @@ def state_share(model: nn.Module, batches: Iterable[dict]) -> dict[str, float]:
     try:
         for batch in batches:
             with torch.no_grad():
-                model(**batch, use_cache=False)
+                model(**{**batch, "use_cache": False})
     finally:
         for handle in handles:
             handle.remove()

@@ -1,5 +1,6 @@
 """`hf-hybrid`: a thin shell over the library's functions, one subcommand each. Options are dataclasses parsed by `HfArgumentParser`."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -59,10 +60,24 @@ class MixerArguments:
         default=None, metadata={"help": "First tokens attended for ever; the mixer's default if not given."}
     )
     feature_map: str | None = field(default=None, metadata={"help": "Feature map; the mixer's default if not given."})
+    mixer_config: str | None = field(
+        default=None, metadata={"help": "Any other settings as JSON, e.g. '{\"output_gate\": false}'."}
+    )
 
     def config(self) -> MixerConfig:
-        given = {k: v for k, v in vars(self).items() if k != "mixer" and v is not None}
-        return resolve_mixer_config({"name": self.mixer, **given})
+        given = {k: v for k, v in vars(self).items() if k not in ("mixer", "mixer_config") and v is not None}
+        return resolve_mixer_config({"name": self.mixer, **self._other_settings(), **given})
+
+    def _other_settings(self) -> dict:
+        if self.mixer_config is None:
+            return {}
+        try:
+            settings = json.loads(self.mixer_config)
+        except json.JSONDecodeError as error:
+            raise HybridConfigError(f"--mixer_config is not JSON ({error}); got {self.mixer_config!r}.") from None
+        if not isinstance(settings, dict):
+            raise HybridConfigError(f"--mixer_config must be a JSON object; got {self.mixer_config!r}.")
+        return settings
 
 
 @dataclass
@@ -74,12 +89,36 @@ class TextArguments:
 
 
 @dataclass
-class TaskArguments:
-    """Data to measure on: text (loss, perplexity), or labelled examples (accuracy of label words)."""
+class EvalTextArguments:
+    """Text to measure on."""
 
     eval_dataset: str = field(metadata={"help": "Name on the Hub, or a .txt, .json, .jsonl, .csv or .parquet file."})
     eval_split: str = field(default="validation", metadata={"help": "Split of a dataset from the Hub."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    max_examples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
+    eval_length: int = field(default=1024, metadata={"help": "Tokens per sequence when measuring text."})
+
+    def wanted_columns(self) -> list[str]:
+        return [self.text_column]
+
+    def rows(self):
+        data = load_rows(self.eval_dataset, self.eval_split)
+        missing = [column for column in self.wanted_columns() if column not in data.column_names]
+        if missing:
+            raise DatasetError(
+                f"{self.eval_dataset} has no column {missing[0]!r}; it has {', '.join(data.column_names)}."
+            )
+        return data if self.max_examples is None else data.select(range(min(self.max_examples, len(data))))
+
+    def sequences(self, tokenizer):
+        packed = pack_text(self.rows()[self.text_column], tokenizer, self.eval_length, self.eval_dataset)
+        return packed.map(lambda row: {"labels": row["input_ids"]})
+
+
+@dataclass
+class TaskArguments(EvalTextArguments):
+    """Data to measure on: text (loss, perplexity), or labelled examples (accuracy of label words)."""
+
     label_column: str = field(default="label", metadata={"help": "Column with the class index."})
     prompt: str | None = field(
         default=None, metadata={"help": "Prompt with {text}, ending where the label word follows."}
@@ -87,18 +126,9 @@ class TaskArguments:
     label_words: str | None = field(
         default=None, metadata={"help": "Comma-separated words of label 0, 1, …, with leading spaces."}
     )
-    max_examples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
-    eval_length: int = field(default=1024, metadata={"help": "Tokens per sequence when measuring text."})
 
-    def rows(self):
-        data = load_rows(self.eval_dataset, self.eval_split)
-        wanted = [self.text_column] if self.prompt is None else [self.text_column, self.label_column]
-        missing = [column for column in wanted if column not in data.column_names]
-        if missing:
-            raise DatasetError(
-                f"{self.eval_dataset} has no column {missing[0]!r}; it has {', '.join(data.column_names)}."
-            )
-        return data if self.max_examples is None else data.select(range(min(self.max_examples, len(data))))
+    def wanted_columns(self) -> list[str]:
+        return [self.text_column] if self.prompt is None else [self.text_column, self.label_column]
 
     def task(self, tokenizer) -> LabelWordTask | None:
         if (self.prompt is None) != (self.label_words is None):
@@ -107,10 +137,6 @@ class TaskArguments:
 
     def examples(self, task: LabelWordTask):
         return task.dataset([{"text": row[self.text_column], "label": row[self.label_column]} for row in self.rows()])
-
-    def sequences(self, tokenizer):
-        packed = pack_text(self.rows()[self.text_column], tokenizer, self.eval_length, self.eval_dataset)
-        return packed.map(lambda row: {"labels": row["input_ids"]})
 
 
 @dataclass
@@ -136,25 +162,6 @@ class ConvertArguments:
     output_dir: str = field(metadata={"help": "Where the hybrid checkpoint goes."})
     layers: str | None = field(default=None, metadata={"help": "Comma-separated indices or names; all by default."})
     mixer_bank: str | None = field(default=None, metadata={"help": "Use these students instead of fresh mixers."})
-
-
-@dataclass
-class AblationArguments:
-    """Text to measure on."""
-
-    eval_dataset: str = field(metadata={"help": "Name on the Hub, or a .txt, .json, .jsonl, .csv or .parquet file."})
-    eval_split: str = field(default="validation", metadata={"help": "Split of a dataset from the Hub."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    max_examples: int | None = field(default=None, metadata={"help": "Use the first N examples."})
-    eval_length: int = field(default=1024, metadata={"help": "Tokens per sequence."})
-
-    def rows(self) -> list[str]:
-        data = load_rows(self.eval_dataset, self.eval_split)
-        if self.text_column not in data.column_names:
-            raise DatasetError(
-                f"{self.eval_dataset} has no column {self.text_column!r}; it has {', '.join(data.column_names)}."
-            )
-        return data[self.text_column][: self.max_examples]
 
 
 @dataclass
@@ -261,10 +268,10 @@ def evaluate(model: ModelArguments, task: TaskArguments) -> None:
     )
 
 
-def ablation(model: ModelArguments, text: AblationArguments) -> None:
+def ablation(model: ModelArguments, text: EvalTextArguments) -> None:
     """What the states of a hybrid with windows contribute: their share of each layer's output, and perplexity without them."""
     loaded, tokenizer = model.load(), model.tokenizer()
-    ids = torch.tensor(pack_text(text.rows(), tokenizer, text.eval_length, text.eval_dataset)["input_ids"])
+    ids = torch.tensor(text.sequences(tokenizer)["input_ids"])
     shares = state_share(loaded, [{"input_ids": row[None].to(loaded.device)} for row in ids])
     table = Table("layer", "share of the state", title=model.model, title_justify="left")
     for name, share in shares.items():
@@ -351,7 +358,7 @@ def _commands() -> dict[str, tuple[Callable, list[type]]]:
         "search": (search, [HybridTrainingArguments, ModelArguments, TaskArguments, SearchArguments]),
         "convert": (convert, [ModelArguments, MixerArguments, ConvertArguments]),
         "evaluate": (evaluate, [ModelArguments, TaskArguments]),
-        "ablate": (ablation, [ModelArguments, AblationArguments]),
+        "ablate": (ablation, [ModelArguments, EvalTextArguments]),
         "benchmark": (benchmark, [ModelArguments, BenchmarkArguments]),
         "inspect": (inspect, [ModelArguments, MixerArguments]),
         "demo": (demo, [DemoArguments]),

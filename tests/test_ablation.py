@@ -120,3 +120,15 @@ def test_bad_calls_say_what_is_wrong():
     plain = convert_to_hybrid(tiny_model(), LinearAttentionConfig(window_size=0))
     with pytest.raises(HybridConfigError, match="no mixer with both a window and a state"):
         state_share(plain, [tokens()])
+
+
+def test_shares_need_something_to_measure():
+    hybrid = convert_to_hybrid(tiny_model(), CONFIGS[0])
+    with pytest.raises(HybridConfigError, match="state_share: batches is empty"):
+        state_share(hybrid, [])
+    with (
+        ablate(hybrid, "state"),
+        pytest.raises(HybridConfigError, match="ablated already, so that nothing can be compared"),
+    ):
+        state_share(hybrid, [tokens()])
+    assert state_share(hybrid, [{**tokens(), "use_cache": True}]) == state_share(hybrid, iter([tokens()]))

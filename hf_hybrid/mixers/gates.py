@@ -7,6 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 
 
+def softplus(x: torch.Tensor) -> torch.Tensor:
+    """`F.softplus`, whose gradient `torch.compile` lays out wrongly for permuted tensors (2.13), by way of `F.logsigmoid`."""
+    return -F.logsigmoid(-x)
+
+
 def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
     """$y$ with $\\log(1 + e^y) = x$, for `x > 0`; exact for small and for large `x`."""
     return x + torch.log(-torch.expm1(-x))
@@ -84,7 +89,7 @@ class HeadGates(nn.Module):
         hidden_states = hidden_states.to(self.decay_weight.dtype)
         rate, beta = F.linear(hidden_states, torch.cat([self.decay_weight, self.beta_weight])).chunk(2, dim=-1)
         wide = torch.promote_types(rate.dtype, torch.float32)
-        decay = -self.log_rate.to(wide).exp() * F.softplus(rate.to(wide) + self.decay_bias)
+        decay = -self.log_rate.to(wide).exp() * softplus(rate.to(wide) + self.decay_bias)
         return masked(valid, decay, beta.to(wide).sigmoid())
 
 
@@ -117,7 +122,7 @@ class ChannelGates(nn.Module):
     def forward(self, hidden_states, valid):
         """`[B, T, D]` -> log-decay `[B, T, H_s, K]`, write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist."""
         rate = self.decay(hidden_states).unflatten(-1, (self.num_states, -1))
-        decay = -self.log_rate.to(rate.dtype).exp().unsqueeze(-1) * F.softplus(rate)
+        decay = -self.log_rate.to(rate.dtype).exp().unsqueeze(-1) * softplus(rate)
         beta = F.linear(hidden_states.to(self.beta_weight.dtype), self.beta_weight).to(rate.dtype).sigmoid()
         return masked(valid, decay, beta)
 

@@ -30,8 +30,9 @@ class Lightning(GatedMixer):
     config_class = LightningConfig
 
     def recur(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
-        index = torch.arange(1, self.num_states + 1, device=query.device, dtype=torch.float32)
-        decay = -torch.exp2(-8.0 * index / self.num_states).to(torch.promote_types(query.dtype, torch.float32))
+        wide = torch.promote_types(query.dtype, torch.float32)
+        index = torch.arange(1, self.num_states + 1, device=query.device, dtype=wide)
+        decay = -torch.exp2(-8.0 * index / self.num_states)
         key, decay = masked(valid, key, decay.expand(*query.shape[:2], -1))
         output, final = gated_linear_attention(
             query, key, value, decay=decay, scale=self.head_dim**-0.5, initial_state=state[0] if state else None,

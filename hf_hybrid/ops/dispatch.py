@@ -131,9 +131,17 @@ def choose_backend(backend: str | None, x: torch.Tensor) -> str:
     """`backend` if given (checked), else the environment's choice, else what fits `x`."""
     if x.is_cpu and torch.compiler.is_compiling():
         return "torch"  # a graph cannot hold the kernels
+    device = x.device.type
     if backend is not None:
-        return _checked(backend, "backend")
-    return requested_backend() or default_backend(x.device.type)
+        if _checked(backend, "backend") == "fla" and not _fla_runs_on(device):
+            raise HybridConfigError(
+                f"backend=fla runs on a GPU; the tensors are on {device}. Move them, or leave backend out to take what fits."
+            )
+        return backend
+    requested = requested_backend()
+    if requested is None or (requested == "fla" and not _fla_runs_on(device)):  # a model of which a part is on the CPU
+        return default_backend(device)
+    return requested
 
 
 @functools.cache
@@ -172,6 +180,10 @@ def fla_is_available() -> bool:
     return importlib.util.find_spec("fla") is not None
 
 
+def _fla_runs_on(device_type: str) -> bool:
+    return device_type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
 # fla wants one key-value head, and one state, per query head; ours are repeated for the call. Its kernels read and write `[B, T, H, K]` and
 # states `[B, H, K, V]` fp32, decay the state before they write and read it after, and take natural log-decays, which must be finite.
 
@@ -189,7 +201,11 @@ def _fla_linear_attention(
         key = feature_map_k(key.transpose(1, 2)).transpose(1, 2)
     if valid is not None:
         key = key * valid[..., None, None].to(key.dtype)
-    value = torch.nn.functional.pad(value, (0, 1), value=1.0)
+    key_dim, value_dim = key.shape[3], value.shape[3]
+    value = _aligned(torch.nn.functional.pad(value, (0, 1), value=1.0))
+    query, key = _aligned(query), _aligned(key)
+    if initial_state is not None:
+        initial_state = _aligned(_aligned(initial_state).transpose(2, 3)).transpose(2, 3)
     kernel = fused_recurrent_linear_attn if query.shape[1] == 1 else chunk_linear_attn
     query, key, value, initial_state, groups = _per_query_head(query, key, value, initial_state, key.shape[2])
     output, state = kernel(
@@ -201,10 +217,16 @@ def _fla_linear_attention(
         output_final_state=output_final_state,
         normalize=False,
     )
+    output = output[..., : value_dim + 1]
     if normalize:
         weight = output[..., -1:].float()
         output = (output[..., :-1].float() / weight.masked_fill(weight <= TINY, torch.inf)).to(query.dtype)
-    return output, (state[:, ::groups] if output_final_state else None)
+    return output, (state[:, ::groups, :key_dim, : value_dim + 1] if output_final_state else None)
+
+
+def _aligned(x):
+    """Filled up with zeros along the last axis to 16 bytes of half precision, which the kernels' block loads want."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 8))
 
 
 # more than this is lost in fp32 anyway, and -inf would be NaN in some kernels

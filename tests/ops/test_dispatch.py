@@ -170,6 +170,17 @@ def test_the_environment_variable_is_checked(ops_backend):
 
 
 @pytest.mark.skipif(dispatch.fla_is_available(), reason="flash-linear-attention is installed")
+def test_fla_is_for_gpus(ops_backend, monkeypatch):
+    """Named in a call, it refuses tensors on a CPU; named for the process, they take what fits."""
+    monkeypatch.setattr(dispatch, "fla_is_available", lambda: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(HybridConfigError, match="backend=fla runs on a GPU; the tensors are on cpu. Move them"):
+        dispatch.linear_attention(*features(3), backend="fla")
+    ops_backend("fla")
+    assert dispatch.choose_backend(None, torch.zeros(1)) == dispatch.default_backend("cpu")
+    assert dispatch.choose_backend(None, torch.zeros(1, device="meta")) == "fla"
+
+
 def test_asking_for_fla_without_it_says_what_to_install(ops_backend):
     ops_backend("fla")
     with pytest.raises(MissingDependencyError, match=r"pip install hf_hybrid\[cuda\]"):
@@ -192,13 +203,20 @@ def fresh_build(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_the_ops_run_in_torch(fresh_build, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.choose_backend(None, torch.zeros(1)) == "torch"
         dispatch.linear_attention(*features(3))
     with pytest.raises(MissingDependencyError, match="backend=cpp needs a C\\+\\+ compiler that works"):
         dispatch.linear_attention(*features(3), backend="cpp")
+
+
+def test_a_compiler_that_is_named_and_missing_is_reported(fresh_build, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="CXX names 'no-such-compiler', which is not on the path"):
+        assert dispatch.choose_backend(None, torch.zeros(1)) == "torch"
 
 
 def test_a_compiler_that_fails_is_reported_once(fresh_build, monkeypatch):

@@ -26,6 +26,14 @@ def by_chunk(x, start, stop, size):
     return x[:, start:stop].view(x.shape[0], -1, size, *x.shape[2:]).transpose(2, 3)
 
 
+def divide(x, y, to):
+    """`to = x / y` in place. A compiled graph takes no strided `out=`."""
+    if torch.compiler.is_compiling():
+        to.copy_(x / y)
+    else:
+        torch.div(x, y, out=to)
+
+
 def running_states(state, increments, dtype):
     """
     States before each chunk, `[B, N, H, F, V]` in `dtype`, and after the last, fp32 or wider. Summed from the front, never "total minus

@@ -73,10 +73,8 @@ def sub_chunk_size_of(min_decay: float, chunk_size: int) -> int:
     Rows of a chunk that may share one reference point of their decays per channel, the first of them, so that no `exp` overflows. Follows
     from the mixer, not from the data: an output must not depend on how strong some later decay is, not even by its rounding.
     """
-    for size in (chunk_size, 16, 8, 4):
-        if chunk_size % size == 0 and -min_decay * size <= LARGEST_EXPONENT:
-            return size
-    raise ValueError(f"min_decay must be at least {STRONGEST_CHANNEL_DECAY}; got {min_decay}.")
+    fits = (size for size in (chunk_size, 16, 8) if chunk_size % size == 0 and -min_decay * size <= LARGEST_EXPONENT)
+    return next(fits, 4)  # STRONGEST_CHANNEL_DECAY fits into 4
 
 
 def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, state, output_final_state, chunk_size):
@@ -274,7 +272,7 @@ def _channel_scores(rows, columns, cumulative, sub_chunk_size):
         part = (rows[..., start:stop, :] * near.unsqueeze(2).to(dtype)).reshape(
             matrices, groups * sub_chunk_size, key_dim
         )
-        far = (columns[:, :, :stop] * (reference - cumulative[:, :, :stop]).exp().to(dtype)).view(
+        far = (columns[:, :, :stop] * (reference - cumulative[:, :, :stop]).exp().to(dtype)).reshape(
             matrices, stop, key_dim
         )
         products = torch.bmm(part, far.transpose(1, 2)).view(num_states, num_chunks, groups, sub_chunk_size, stop)

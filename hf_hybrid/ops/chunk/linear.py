@@ -11,7 +11,8 @@ import torch
 
 from ..matmul import matmul_mode
 from ..naive import TINY
-from .blocks import blocks, by_chunk, running_states
+from .blocks import blocks, by_chunk, divide, running_states
+from .gated import chunk_gated_linear_attention
 
 
 # Tokens per chunk: the work inside chunks, quadratic in this, balances the work on the state. Of the smaller products of a smaller chunk
@@ -42,7 +43,12 @@ def chunk_linear_attention(
     length = query.shape[1]
     chunk_size = chunk_size or (length if length <= ONE_CHUNK else chunk_size_of(query))
     plan = list(blocks(length, chunk_size, block_bytes_per_token(query, feature_map_q)))
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
+    track = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    if track and torch.compiler.is_compiling():
+        output, state = _traceable_form(
+            query, key, value, feature_map_q, feature_map_k, valid, initial_state, normalize
+        )
+    elif track:
         output, state = _LinearAttention.apply(functions, len(weights_q), valid, normalize, plan, *arguments)
     else:
         output, state, _, _ = _forward(
@@ -50,6 +56,24 @@ def chunk_linear_attention(
             output_final_state=output_final_state,
         )  # fmt: skip
     return output, (state if output_final_state else None)
+
+
+def _traceable_form(query, key, value, feature_map_q, feature_map_k, valid, state, normalize):
+    """Left to autograd, for `torch.compile`, which cannot look into the backward pass below: gated linear attention that forgets nothing."""
+    if feature_map_q is not None:
+        query = feature_map_q(query.transpose(1, 2)).transpose(1, 2)
+    if feature_map_k is not None:
+        key = feature_map_k(key.transpose(1, 2)).transpose(1, 2)
+    if valid is not None:
+        key = key * valid[..., None, None].to(key.dtype)
+    output, state = chunk_gated_linear_attention(
+        query, key, torch.nn.functional.pad(value, (0, 1), value=1.0), decay=key.new_zeros(key.shape[:3]), scale=1.0, initial_state=state,
+        output_final_state=True,
+    )  # fmt: skip
+    if normalize:
+        weight = output[..., -1:]
+        output = output[..., :-1] / weight.masked_fill(weight <= TINY, torch.inf)
+    return output, state
 
 
 def _forward(
@@ -114,7 +138,7 @@ def _forward(
             if normalize:
                 weight = by_head[..., value_dim:]
                 weight.masked_fill_(weight <= TINY, torch.inf)  # a query that sees nothing: 0, with gradient 0
-                torch.div(by_head[..., :value_dim], weight, out=by_chunk(output, start, stop, size))
+                divide(by_head[..., :value_dim], weight, by_chunk(output, start, stop, size))
                 if keep:
                     by_chunk(denominators, start, stop, size).copy_(weight)
             else:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..matmul import matmul_mode
 from ..naive import TINY, WindowState, empty_window_state, in_order
-from .blocks import blocks, by_chunk, running_states
+from .blocks import blocks, by_chunk, divide, running_states
 from .linear import chunk_linear_attention
 
 
@@ -199,7 +199,7 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
                     recurrent = recurrent + rest.view_as(increments)[:, -1]
             weight = by_head[..., value_dim:]
             weight.masked_fill_(weight <= TINY, torch.inf)
-            torch.div(by_head[..., :value_dim], weight, out=by_chunk(output, start, stop, size))
+            divide(by_head[..., :value_dim], weight, by_chunk(output, start, stop, size))
     return output, recurrent
 
 

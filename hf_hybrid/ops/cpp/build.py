@@ -60,8 +60,13 @@ def library() -> ctypes.CDLL:
 
 def find_compiler() -> str | None:
     """`CXX` if set, else the first of c++, g++ and clang++ on the path."""
-    if os.environ.get("CXX"):
-        return shutil.which(os.environ["CXX"].split()[0])
+    if wanted := os.environ.get("CXX"):
+        found = shutil.which(wanted.split()[0])
+        if found is None:
+            warnings.warn(
+                f"CXX names {wanted!r}, which is not on the path; without it the ops run in plain torch.", stacklevel=2
+            )
+        return found
     return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
