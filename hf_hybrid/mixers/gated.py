@@ -117,6 +117,7 @@ class OutputStage(nn.Module):
     """
 
     quiet_logit = -4.0
+    tokens_at_a_time = 256
 
     def __init__(self, mixer, *, window_size: int, num_sink_tokens: int, output_gate: bool, gate_rank: int):
         super().__init__()
@@ -156,19 +157,35 @@ class OutputStage(nn.Module):
         Returns `(output, window state)`; `recurrent` is `None` where `parts` leaves the state out, `parts` as of
         [`LinearMixer.active_parts`].
         """
-        output = None if recurrent is None else self.recurrent_part(recurrent, hidden_states)
         if not self.window_size:
-            return output, ()
+            return self.mixed(None, recurrent, hidden_states), ()
         if "window" not in parts:
             window = state or tuple(empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4])
+            output = self.mixed(None, recurrent, hidden_states)
             return output + 0.0 * self.state_logit.sum().to(output.dtype), window
         exact, final = window_attention(
             query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.scale, valid=valid,
             state=WindowState(*state, None) if state else None, inplace_final_state=inplace_final_state,
         )  # fmt: skip
-        if output is None:
-            return exact, tuple(final[:4])
-        return torch.lerp(exact, output, self.state_share().to(output.dtype)), tuple(final[:4])
+        return (exact if recurrent is None else self.mixed(exact, recurrent, hidden_states)), tuple(final[:4])
+
+    def mixed(self, exact, recurrent, hidden_states):
+        """
+        The output from that of the window (or `None`) and of the recurrence, both `[B, T, H, V]`. Without gradients a few tokens at a time, into one of
+        the two: a CPU spends more time on memory for intermediate results of the whole length than on the arithmetic.
+        """
+        share = None if exact is None else self.state_share().to(recurrent.dtype)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not recurrent.is_cpu:
+            output = self.recurrent_part(recurrent, hidden_states)
+            return output if share is None else torch.lerp(exact, output, share)
+        for start in range(0, recurrent.shape[1], self.tokens_at_a_time):
+            here = slice(start, start + self.tokens_at_a_time)
+            part = self.recurrent_part(recurrent[:, here], hidden_states[:, here])
+            if share is None:
+                recurrent[:, here] = part
+            else:
+                exact[:, here].lerp_(part, share)
+        return recurrent if share is None else exact
 
     def state_share(self) -> torch.Tensor:
         """Weight of the state against the window, `[H, 1]` in (0, 1); 1 without a window."""
