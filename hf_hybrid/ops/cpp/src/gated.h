@@ -199,6 +199,7 @@ static void kept_over(const GatedArguments& a, index b, index state_head, index 
 template <typename T, class P>
 static void gated_forward_task(const GatedArguments& a, index b, index state_head, Arena& arena) {
   constexpr index C = P::CHUNK;
+  constexpr bool SPLIT = splits<T>();
   const bool channels = a.per_channel, delta = a.beta.data;
   const index kv_head = state_head / (a.state_heads / a.kv_heads), groups = a.heads / a.state_heads;
   const index k = a.key_dim, v = a.value_dim, ldk = padded(k), ldv = padded(v), step = gated_chunk_size<P>(a);
@@ -206,7 +207,7 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   arena.reset(GatedChunk::space(channels, C, ldk) +
               Arena::total({ldk * C, C * ldk, C * ldv, C * ldv, C * C, C * C, P::right_space(k, C), P::right_space(C, ldv), P::right_space(k, ldv),
                             left_space}) +
-              State::space(k, ldv, P::SPLIT));
+              State::space(k, ldv, SPLIT));
   GatedChunk chunk;
   chunk.take(arena, channels, C, ldk);
   float *keys_t = arena.take(ldk * C), *q = arena.take(C * ldk), *written = arena.take(C * ldv), *out = arena.take(C * ldv);
@@ -214,7 +215,7 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
   float *packed_written = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(k, ldv)), *rounded = arena.take(left_space);
 
   State state;
-  state.take(arena, k, ldv, P::SPLIT);
+  state.take(arena, k, ldv, SPLIT);
   float* s = state.now;
   std::vector<double> kept(k);
   std::vector<float> pending(k, 1.0f);  // per channel: decays that wait for those of the next chunk
@@ -227,7 +228,7 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
     if (t && t % BLOCK == 0) {
       if (channels)
         for (index i = 0; i < k; i++) state.decay(i, std::exchange(pending[i], 1.0f));
-      if (P::SPLIT) kept_over(a, b, state_head, t - BLOCK, BLOCK, kept.data());
+      if (SPLIT) kept_over(a, b, state_head, t - BLOCK, BLOCK, kept.data());
       state.close(kept.data());
     }
     if (a.block_states && t % BLOCK == 0)

@@ -151,18 +151,19 @@ static void load_features(const FeatureMap<P>& map, const View& from, index b, i
 template <typename T, class P>
 static void linear_forward_task(const LinearArguments& a, index b, index kv_head, Arena& arena) {
   constexpr index C = P::CHUNK;
+  constexpr bool SPLIT = splits<T>();
   const index groups = a.heads / a.kv_heads, v = a.value_dim, f = a.feature_dim;
   const index ldx = padded(a.key_dim), ldp = padded(a.projected_dim), ldf = padded(f), ldv = padded(v), ldo = padded(v + 1);
   const index together = std::min(groups, HEADS_TOGETHER), R = together * C;  // rows of all products with queries
   const index left_space = std::max({P::left_space(R, std::max(f, C)), P::left_space(C, a.key_dim), P::left_space(f, C)});
   arena.reset(Arena::total({space_for_maps<P>(a, false), C * ldx, C * ldp, R * ldf + W, C * ldf + W, ldf * C, C * ldv, R * C, R * ldo,
                             P::right_space(f, C), P::right_space(C, ldv), P::right_space(f, ldv), left_space}) +
-              State::space(f, ldv, P::SPLIT) + State::space(1, ldf, P::SPLIT));
+              State::space(f, ldv, SPLIT) + State::space(1, ldf, SPLIT));
   float *weights = arena.take(space_for_maps<P>(a, false)), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(R * ldf + W), *keys = arena.take(C * ldf + W), *keys_t = arena.take(ldf * C), *values = arena.take(C * ldv);
   float *scores = arena.take(R * C), *out = arena.take(R * ldo);
   State state, sums;  // S and z
-  state.take(arena, f, ldv, P::SPLIT), sums.take(arena, 1, ldf, P::SPLIT);
+  state.take(arena, f, ldv, SPLIT), sums.take(arena, 1, ldf, SPLIT);
   float *s = state.now, *z = sums.now;
   float *packed_keys = arena.take(P::right_space(f, C)), *packed_values = arena.take(P::right_space(C, ldv)), *packed_s = arena.take(P::right_space(f, ldv));
   float* rounded = arena.take(left_space);

@@ -72,7 +72,6 @@ static void multiply(index m, index n, index k, Matrix a, const float* b, index 
 }
 
 struct Exact {
-  static constexpr bool SPLIT = true;  // of sums over a sequence, see sums.h
   static constexpr index CHUNK = 16;  // tokens at a time: fewer, and the state is read too often; more, and too much is computed above the diagonal
   struct Right {                     // a right-hand side [k, n] as `multiply` wants it
     const float* data;
@@ -95,7 +94,6 @@ struct Exact {
 #ifdef HF_HYBRID_AMX
 // A tile is 16 rows of 64 bytes: of A 16 x 32 bf16; of B 32 x 16, two rows of the matrix side by side; of C 16 x 16 fp32.
 struct Rounded {
-  static constexpr bool SPLIT = false;
   static constexpr index CHUNK = 32;
   struct Right {
     const uint16_t* data;  // tiles, row by row of tiles

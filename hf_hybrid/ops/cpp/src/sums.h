@@ -2,6 +2,8 @@
 // side. What a block of tokens adds is summed in fp32, the blocks in fp64.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace hf_hybrid {
@@ -31,8 +33,11 @@ struct Sum {
   double* total_ = nullptr;
 };
 
-// A state [rows, ld], or the gradient of one, that chunk after chunk decays and is added to. `split`: whether as above; else all is in `now`, which
-// does where factors are rounded to bf16.
+// Whether the state of tokens of this type is summed so: beside the rounding of bf16 nothing of it would be seen.
+template <typename T>
+constexpr bool splits() { return std::is_same_v<T, float>; }
+
+// A state [rows, ld], or the gradient of one, that chunk after chunk decays and is added to. `split`: whether as above; else all is in `now`.
 struct State {
   index rows = 0, ld = 0;
   float *now = nullptr, *added = nullptr;  // the state; where a chunk adds to it

@@ -127,6 +127,7 @@ static void exact_weights(const WindowArguments& a, const Sorted& sorted, index 
 template <typename T, class P>
 static void window_forward_task(const WindowArguments& a, index b, index kv_head, Arena& arena) {
   constexpr index C = P::CHUNK;
+  constexpr bool SPLIT = splits<T>();
   const LinearArguments& c = a.common;
   const bool linear = a.log_weight;
   const index groups = c.heads / c.kv_heads, k = c.key_dim, v = c.value_dim, f = c.feature_dim, slots = a.sinks + a.window;
@@ -138,12 +139,12 @@ static void window_forward_task(const WindowArguments& a, index b, index kv_head
   const index left_space = std::max({P::left_space(C, k), if_linear(P::left_space(C, f)), if_linear(P::left_space(f, C)), P::left_space(C, std::max(lds, C))});
   arena.reset(Arena::total({if_linear(space_for_maps<P>(c, false)), C * ldx, C * ldp, C * ldx, C * ldf + W, lds * ldx, ldx * lds, lds * ldv, C * reach,
                             C * C, C * ldv, P::right_space(k, lds), P::right_space(lds, ldv), if_linear(P::right_space(f, ldv)), left_space, left_space}) +
-              (back + 1) * block + State::space(if_linear(f), ldv, P::SPLIT) + State::space(1, ldf, P::SPLIT));
+              (back + 1) * block + State::space(if_linear(f), ldv, SPLIT) + State::space(1, ldf, SPLIT));
   float *weights = arena.take(if_linear(space_for_maps<P>(c, false))), *x = arena.take(C * ldx), *scratch = arena.take(C * ldp);
   float *q = arena.take(C * ldx), *features_q = arena.take(C * ldf + W), *sink_keys = arena.take(lds * ldx), *sink_keys_t = arena.take(ldx * lds);
   float *sink_values = arena.take(lds * ldv), *share = arena.take(C * reach), *products = arena.take(C * C), *out = arena.take(C * ldv);
   State state, sums;  // S and z
-  state.take(arena, if_linear(f), ldv, P::SPLIT), sums.take(arena, 1, ldf, P::SPLIT);
+  state.take(arena, if_linear(f), ldv, SPLIT), sums.take(arena, 1, ldf, SPLIT);
   float *s = state.now, *z = sums.now;
   float *packed_sink_keys = arena.take(P::right_space(k, lds)), *packed_sink_values = arena.take(P::right_space(lds, ldv));
   float *packed_s = arena.take(if_linear(P::right_space(f, ldv))), *rounded = arena.take(left_space), *rounded_q = arena.take(left_space);
