@@ -75,6 +75,36 @@ def test_decays_at_their_limits(decay, per_channel, delta, backend):
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_compiler)])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_weak_and_strong_decays_side_by_side(per_channel, delta, backend):
+    """Tokens that keep everything beside tokens that keep e^-16: both sides of a rescaled chunk are far from 1, their product is not."""
+    query, key, value = features(300)
+    shape = (2, 300, 2, 8) if per_channel else (2, 300, 2)
+    generator = torch.Generator().manual_seed(1)
+    decay = -16.0 * (torch.rand(shape, generator=generator) < 0.7)
+    gates = {"decay": decay.requires_grad_()}
+    if delta:
+        gates["beta"] = torch.rand(2, 300, 2, generator=generator).requires_grad_()
+    forms = [dispatch.gated_linear_attention, naive.naive_gated_linear_attention]
+    if delta:
+        forms = [dispatch.gated_delta_rule, naive.naive_gated_delta_rule]
+    settings = {"scale": 0.3, "output_final_state": True, **({"qk_l2norm": True} if delta else {})}
+    results = []
+    for form, dtype in zip(forms, (torch.float32, torch.float64), strict=True):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        own = {name: x.detach().to(dtype).requires_grad_() for name, x in gates.items()}
+        output, state = form(*leaves, **own, **settings, **({"backend": backend} if dtype == torch.float32 else {}))
+        weight = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
+        grads = torch.autograd.grad((output * weight).sum() + state.sum(), [*leaves, *own.values()])
+        with torch.no_grad():
+            again = form(*leaves, **own, **settings, **({"backend": backend} if dtype == torch.float32 else {}))[0]
+        results.append([output, again, state, *grads])
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        assert_close(f"result {i}", x, y, 2e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_compiler)])
 def test_parallel_keys_do_not_break_the_delta_rule(backend):
     """Identical keys written at full strength: an inverse by series would overflow."""
     _, _, value = features(200)

@@ -236,7 +236,7 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
     load_chunk<T>(a, b, state_head, t, c, C, chunk);
     load_tokens<T>(a.value, b, t, kv_head, c, chunk.filled, v, written, ldv);
     if (channels)
-      for (index i = 0; i < k; i++) state.decay_and_refresh(i, pending[i] * chunk.to_middle[i]);
+      for (index i = 0; i < k; i++) state.decay_and_refresh(i, pending[i], chunk.to_middle[i]);
     transpose(chunk.filled, ldk, chunk.far_keys, ldk, keys_t, C);
     const auto right_keys = P::right(k, C, keys_t, C, packed_keys);
     const auto right_s = P::right(k, ldv, s, ldv, packed_s);
@@ -273,7 +273,7 @@ static void gated_forward_task(const GatedArguments& a, index b, index state_hea
       state.refresh();
   }
   if (channels)
-    for (index i = 0; i < k; i++) state.decay_and_refresh(i, pending[i]);
+    for (index i = 0; i < k; i++) state.decay_and_refresh(i, pending[i], 1.0f);
   if (a.final_state) store_state(s, k, v, ldv, a.final_state + head_at * state_size);
 }
 

@@ -78,14 +78,13 @@ struct State {
     for (index i = 0; i < rows; i++)
       for (index j = i * ld; j < (i + 1) * ld; j += W) store(now + j, load(start_ + j) * kept_[i] + load(added + j));
   }
-  // both in one go, of one row
-  void decay_and_refresh(index row, float factor) {
-    if (!split_) return decay(row, factor);
-    const float kept = kept_[row] *= factor;
+  // both in one go, of one row, by two factors: their product may be too small for a float where what it multiplies is large
+  void decay_and_refresh(index row, float first, float second) {
+    const float kept = split_ ? kept_[row] *= first, kept_[row] *= second : 0.0f;
     for (index j = row * ld; j < (row + 1) * ld; j += W) {
-      const vec x = load(added + j) * factor;
+      const vec x = load(added + j) * first * second;
       store(added + j, x);
-      store(now + j, load(start_ + j) * kept + x);
+      if (split_) store(now + j, load(start_ + j) * kept + x);
     }
   }
 
