@@ -170,6 +170,21 @@ def test_convert_and_inspect(teacher, capsys):
     assert "holds a model already" in capsys.readouterr().err
 
 
+def test_any_setting_of_a_mixer_can_be_given(teacher):
+    out = teacher / "plain-gla"
+    settings = '{"output_gate": false, "gate_rank": 3}'
+    assert (
+        run(
+            "convert", teacher / "teacher", "--mixer", "gla", "--window_size", 0, "--mixer_config", settings, "--output_dir", out
+        )
+        == 0
+    )  # fmt: skip
+    site = AutoModelForCausalLM.from_pretrained(out).config.hybrid_sites()["model.layers.0.self_attn"]
+    assert site[1]["output_gate"] is False
+    assert site[1]["gate_rank"] == 3
+    assert site[1]["window_size"] == 0
+
+
 def test_errors_are_one_line_and_a_status(teacher, capsys):
     model = teacher / "teacher"
     for arguments, message in [
@@ -178,6 +193,12 @@ def test_errors_are_one_line_and_a_status(teacher, capsys):
             "Did you mean 'sliding_window'",
         ),
         (["convert", model, "--layers", "7", "--output_dir", teacher / "x"], "index must be in 0..2"),
+        (["convert", model, "--mixer_config", "{", "--output_dir", teacher / "x"], "--mixer_config is not JSON"),
+        (["convert", model, "--mixer_config", "[1]", "--output_dir", teacher / "x"], "must be a JSON object"),
+        (
+            ["convert", model, "--mixer", "gla", "--mixer_config", '{"gate": 1}', "--output_dir", teacher / "x"],
+            "has no setting 'gate'",
+        ),
         (["evaluate", model, "--eval_dataset", "nowhere.jsonl"], "The file 'nowhere.jsonl' does not exist"),
         (["evaluate", model, "--eval_dataset", teacher / "rows.jsonl", "--prompt", "x {text}"], "belong together"),
         (

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hf_hybrid import convert_to_hybrid
+
 from conftest import token_dataset
 from tiny_models import tiny_model
 
@@ -58,6 +60,12 @@ def test_readme_example(names):
     exec(compile(example, "README", "exec"), names)
     with torch.no_grad():
         assert names["model"](torch.tensor(names["ids"])).logits.isfinite().all()
+
+
+def test_choosing_a_mixer(names):
+    (example,) = python_blocks("docs/how_to/choose_a_mixer.md")
+    names.update(hybrid=convert_to_hybrid(tiny_model()), batches=[{"input_ids": torch.tensor(names["ids"][:2])}])
+    exec(compile(example, "choose_a_mixer", "exec"), names)
 
 
 def test_links_between_pages_exist():

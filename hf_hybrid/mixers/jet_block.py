@@ -35,7 +35,7 @@ class JetBlock(GatedMixer):
     [`GatedDeltaNet`] over values mixed with their predecessors: $\hat v_t = \sum_{i=0}^{w-1} c_{t,i} \odot v_{t-i}$ with kernels made from the
     layer's input, $c_t = c^0 + W_2\, \mathrm{SiLU}(W_1 x_t)$, one per value channel.
 
-    Reference: [Jet-Nemotron](https://huggingface.co/papers/2508.15884), section 3.4. Differs: the kernel starts as the identity and there is no
+    Reference: [Jet-Nemotron](https://huggingface.co/papers/2508.15884), its JetBlock. Differs: the kernel starts as the identity and there is no
     activation after it, so that a fresh layer passes the pretrained values through; otherwise as [`GatedDeltaNet`].
 
     State of its own: the last `kernel_size - 1` values `[B, w - 1, H_kv, V]` before `[B, H_s, K, V]`.
