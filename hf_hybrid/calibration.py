@@ -10,11 +10,14 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .distillation import DistillModelMixin
 from .errors import HybridConfigError
 from .mixers import LinearMixer
 
+
+logger = logging.get_logger(__name__)
 
 # Least squares may ask for nothing at all, or for the opposite sign, where a state says nothing yet: it stays in the graph.
 SCALE_RANGE = (1e-3, 1e3)
@@ -63,6 +66,16 @@ def calibrate_mixers(
         for mixer, histogram in zip(decaying, _observe(model, decaying, batches, look_back_histogram), strict=True):
             # consecutive query heads read one state
             per_state = histogram.view(mixer.num_states, -1, histogram.shape[-1]).sum(1)
+            seen = per_state.sum(-1, keepdim=True) > 0
+            if not seen.any():
+                logger.warning(
+                    f"No token of the calibration batches looks at anything but the first {NUM_SINKS} of its sequence: too short to say how long layers "
+                    "remember. Decays keep their starting values."
+                )
+                break
+            per_state = torch.where(
+                seen, per_state, per_state.sum(0)
+            )  # a head that looks at sinks alone says nothing: as its layer
             mixer.set_half_lives(median_distance(per_state).to(next(mixer.parameters()).device))
     scaled = [mixer for mixer in mixers if mixer.can_scale_output]
     if output_scale and scaled:

@@ -1,6 +1,8 @@
 """Starting values read off the pretrained layers."""
 
+import contextlib
 import gc
+import logging
 
 import pytest
 import torch
@@ -23,6 +25,19 @@ SIZES = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "value_dim": 8
 def batches(count=2, rows=2, length=24):
     generator = torch.Generator().manual_seed(3)
     return [{"input_ids": torch.randint(5, 99, (rows, length), generator=generator)} for _ in range(count)]
+
+
+@contextlib.contextmanager
+def warns_in_log(name):
+    messages = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
 
 
 def mixers_of(model):
@@ -183,6 +198,16 @@ def test_a_purely_linear_layer_is_brought_to_the_scale_of_its_softmax():
     bidirectional.scale_output(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     factors = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]
     assert_close("scaled", bidirectional(*tensors)[0], before * factors, 1e-6)
+
+
+def test_texts_of_sinks_alone_say_nothing_of_half_lives():
+    model = convert_to_hybrid(tiny_model(), GLAConfig())
+    before = [mixer.decay.bias.clone() for mixer in mixers_of(model)]
+    with warns_in_log("hf_hybrid.calibration") as messages:
+        calibrate_mixers(model, batches(length=3), output_scale=False)
+    assert any("too short to say how long layers remember" in message for message in messages)
+    for old, mixer in zip(before, mixers_of(model), strict=True):
+        assert torch.equal(mixer.decay.bias, old)
 
 
 def test_mixers_that_need_none_are_left_alone():

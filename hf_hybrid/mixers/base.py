@@ -146,7 +146,8 @@ class LinearMixer(nn.Module, ABC):
             query (`torch.Tensor`): `[B, T, H, K]`. Scores are scaled by `head_dim ** -0.5` in here.
             key, value (`torch.Tensor`): `[B, T, H_kv, K]`, `[B, T, H_kv, V]`.
             hidden_states (`torch.Tensor`, *optional*): `[B, T, D]`, the attention layer's input.
-            valid (`torch.Tensor`, *optional*): bool `[B, T]`, `False` for padding. Padding changes nothing for other tokens.
+            valid (`torch.Tensor`, *optional*): bool `[B, T]`, `False` for padding. Padding before and after a sequence changes nothing;
+                inside, it takes up positions of windows and convolutions.
             segments (`torch.Tensor`, *optional*): int `[B, T]`, packed sequence of each token, never decreasing along T.
             state (`tuple`, *optional*): What the previous call returned for these sequences.
             output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
@@ -159,6 +160,11 @@ class LinearMixer(nn.Module, ABC):
         if self.needs_hidden_states and hidden_states is None:
             raise HybridConfigError(
                 f"{self.config_class.name} makes its gates from the layer's input. Pass hidden_states [B, T, D]."
+            )
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != query.shape[:2]):
+            raise HybridConfigError(
+                f"{self.config_class.name}: valid must be bool of shape [B, T] = {list(query.shape[:2])}, True for tokens that exist; got "
+                f"{valid.dtype} of shape {list(valid.shape)}. Of an attention mask, pass mask.bool()."
             )
         if not query.dtype == key.dtype == value.dtype:
             # autocast: rotary embedding leaves queries and keys wider than values
@@ -197,9 +203,13 @@ class LinearMixer(nn.Module, ABC):
         output = query.new_empty(batch * length, query.shape[2], self.value_dim)
         finals = {}
         last = sequence.view(batch, length)[:, -1].tolist()  # a row goes on from its last sequence
-        # sequences of about one length at a time: in rows of the longest of all, many short ones would be mostly padding
-        for group in torch.unique(lengths.log2().floor()).tolist():
-            members = torch.nonzero(lengths.log2().floor() == group).view(-1)
+        # sequences of about one length at a time: in rows of the longest of all, many short ones would be mostly padding. Those that go on, of exactly
+        # one length: padding after them would be in their windows.
+        group_of = lengths.log2().floor()
+        if output_final_state:
+            group_of[last] = -lengths[last].to(group_of.dtype)
+        for group in torch.unique(group_of).tolist():
+            members = torch.nonzero(group_of == group).view(-1)
             tokens = torch.nonzero(torch.isin(sequence, members)).view(-1)
             place = torch.searchsorted(members, sequence[tokens]), column[tokens]
             shape = (len(members), int(lengths[members].max()))

@@ -171,21 +171,22 @@ class OutputStage(nn.Module):
 
     def mixed(self, exact, recurrent, hidden_states):
         """
-        The output from that of the window (or `None`) and of the recurrence, both `[B, T, H, V]`. Without gradients a few tokens at a time, into one of
-        the two: a CPU spends more time on memory for intermediate results of the whole length than on the arithmetic.
+        The output from that of the window (or `None`) and of the recurrence, both `[B, T, H, V]`. Without gradients a few tokens at a time, into that
+        of the window or one new tensor: a CPU spends more time on memory for intermediate results of the whole length than on the arithmetic.
         """
         share = None if exact is None else self.state_share().to(recurrent.dtype)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not recurrent.is_cpu:
             output = self.recurrent_part(recurrent, hidden_states)
             return output if share is None else torch.lerp(exact, output, share)
+        output = torch.empty_like(recurrent) if share is None else exact
         for start in range(0, recurrent.shape[1], self.tokens_at_a_time):
             here = slice(start, start + self.tokens_at_a_time)
             part = self.recurrent_part(recurrent[:, here], hidden_states[:, here])
             if share is None:
-                recurrent[:, here] = part
+                output[:, here] = part
             else:
-                exact[:, here].lerp_(part, share)
-        return recurrent if share is None else exact
+                output[:, here].lerp_(part, share)
+        return output
 
     def state_share(self) -> torch.Tensor:
         """Weight of the state against the window, `[H, 1]` in (0, 1); 1 without a window."""

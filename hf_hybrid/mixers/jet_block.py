@@ -107,7 +107,8 @@ class DynamicConvolution(nn.Module):
         Args:
             value (`torch.Tensor`): `[B, T, H_kv, V]`.
             hidden_states (`torch.Tensor`): `[B, T, D]`.
-            valid (`torch.Tensor`, *optional*): bool `[B, T]`; tokens that do not exist count as zeros.
+            valid (`torch.Tensor`, *optional*): bool `[B, T]`; tokens that do not exist count as zeros, and
+                take a place under the kernel.
             past (`torch.Tensor`, *optional*): The `kernel_size - 1` values before, `[B, w - 1, H_kv, V]`.
 
         Returns:

@@ -26,10 +26,10 @@ def linear_attention(query, key, value, *, inplace_final_state=False, backend=No
     if backend == "fla":
         return _fla_linear_attention(query, key, value, **kwargs)
     state, maps = kwargs.get("initial_state"), (kwargs.get("feature_map_q"), kwargs.get("feature_map_k"))
-    if backend == "cpp" and cpp.can_run(query, key, value, state, kwargs.get("valid"), feature_maps=maps):
+    if backend == "cpp" and cpp.can_run(query, key, value, state, valid=kwargs.get("valid"), feature_maps=maps):
         return cpp.linear_attention(query, key, value, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
-        inplace = inplace_final_state and state is not None
+        inplace = inplace_final_state and state is not None and state.is_contiguous()
         return step.step_linear_attention(query, key, value, inplace_final_state=inplace, **kwargs)
     return chunk.chunk_linear_attention(query, key, value, **kwargs)
 
@@ -38,7 +38,7 @@ def bidirectional_linear_attention(query, key, value, *, backend=None, **kwargs)
     """[`naive.naive_bidirectional_linear_attention`]: two products, for which torch needs no kernel of fla."""
     maps = (kwargs.get("feature_map_q"), kwargs.get("feature_map_k"))
     if choose_backend(backend, query) == "cpp" and cpp.can_run(
-        query, key, value, kwargs.get("valid"), feature_maps=maps
+        query, key, value, valid=kwargs.get("valid"), feature_maps=maps
     ):
         weights = [w for f in maps if f is not None for w in f.weights()]
         if not _needs_grad(query, key, value, *weights):
@@ -55,7 +55,7 @@ def gated_linear_attention(query, key, value, *, decay, inplace_final_state=Fals
     if backend == "cpp" and cpp.can_run(query, key, value, decay, state):
         return cpp.gated(query, key, value, decay=decay, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
-        inplace = inplace_final_state and state is not None
+        inplace = inplace_final_state and state is not None and state.is_contiguous()
         return step.step_gated_linear_attention(query, key, value, decay=decay, inplace_final_state=inplace, **kwargs)
     return chunk.chunk_gated_linear_attention(query, key, value, decay=decay, **kwargs)
 
@@ -69,7 +69,7 @@ def gated_delta_rule(query, key, value, *, decay, beta, inplace_final_state=Fals
     if backend == "cpp" and cpp.can_run(query, key, value, decay, beta, state):
         return cpp.gated(query, key, value, decay=decay, beta=beta, inplace_final_state=inplace_final_state, **kwargs)
     if query.shape[1] == 1:
-        inplace = inplace_final_state and state is not None
+        inplace = inplace_final_state and state is not None and state.is_contiguous()
         return step.step_gated_delta_rule(
             query, key, value, decay=decay, beta=beta, inplace_final_state=inplace, **kwargs
         )
@@ -95,21 +95,24 @@ def window_attention(
     kwargs = {**kwargs, "num_sinks": num_sinks, "linear": linear}
     inputs = [query, key, value, *(state or ())]
     maps = (None, None) if linear is None else (linear.feature_map_q, linear.feature_map_k)
-    if backend == "cpp" and cpp.can_run(*inputs, valid, feature_maps=maps):
-        weights = () if linear is None else (linear.log_weight, *maps[0].weights(), *maps[1].weights())
-        if state is None or not _needs_grad(*inputs, *weights):
-            return cpp.window_attention(
-                query, key, value, state=state, valid=valid, inplace_final_state=inplace_final_state, **kwargs
-            )
+    weights = () if linear is None else (linear.log_weight, *(w for part in maps for w in part.weights()))
+    # gradients through a cached window are torch's
+    if (
+        backend == "cpp"
+        and not (state is not None and _needs_grad(*inputs, *weights))
+        and cpp.can_run(*inputs, valid=valid, feature_maps=maps)
+    ):
+        return cpp.window_attention(
+            query, key, value, state=state, valid=valid, inplace_final_state=inplace_final_state, **kwargs
+        )
     if (
         query.shape[1] == 1
         and valid is None
         and state is not None
-        and _can_step(state, num_sinks, kwargs["window_size"], query)
+        and _can_step(state, num_sinks, kwargs["window_size"], query, weights)
     ):
-        return step.step_window_attention(
-            query, key, value, state=state, inplace_final_state=inplace_final_state, **kwargs
-        )
+        inplace = inplace_final_state and all(x is None or x.is_contiguous() for x in state)
+        return step.step_window_attention(query, key, value, state=state, inplace_final_state=inplace, **kwargs)
     linear_form = functools.partial(linear_attention, backend=backend)
     return chunk.chunk_window_attention(query, key, value, state=state, valid=valid, linear_form=linear_form, **kwargs)
 
@@ -118,17 +121,21 @@ def _needs_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _can_step(state, num_sinks, window_size, query) -> bool:
+def _can_step(state, num_sinks, window_size, query, weights) -> bool:
     # a compiled graph cannot look into the state; on a GPU looking would wait for it
     if torch.compiler.is_compiling() or query.device.type != "cpu":
         return False
-    if _needs_grad(query, *state):
+    if _needs_grad(query, *state, *weights):
         return False
     return state.is_settled(num_sinks, window_size)
 
 
 def choose_backend(backend: str | None, x: torch.Tensor) -> str:
-    """`backend` if given (checked), else the environment's choice, else what fits `x`."""
+    """`backend` if given (checked), else the environment's choice, else what fits `x`, the query."""
+    if x.ndim == 4 and not x.shape[1]:
+        raise HybridConfigError(
+            f"The query has no tokens; got the shape {list(x.shape)} for [B, T, H, K]. Leave empty calls out."
+        )
     if x.is_cpu and torch.compiler.is_compiling():
         return "torch"  # a graph cannot hold the kernels
     device = x.device.type

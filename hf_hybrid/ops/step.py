@@ -23,12 +23,12 @@ def step_linear_attention(
         columns = columns * valid[..., None, None]
     if dtype != wide:
         rows, columns, value = rows.to(wide), columns.to(wide), value.to(wide)
-    written = torch.constant_pad_nd(value, (0, 1), 1.0).view(num_states, 1, -1)
+    written = torch.constant_pad_nd(value, (0, 1), 1.0).reshape(num_states, 1, -1)
     columns = columns.reshape(num_states, -1, 1)
     if initial_state is None:
         state = columns * written
     else:
-        state = initial_state.view(num_states, -1, value_dim + 1)
+        state = initial_state.reshape(num_states, -1, value_dim + 1)  # a view where it is changed in place
         state = state.addcmul_(columns, written) if inplace_final_state else torch.addcmul(state, columns, written)
     mixed = torch.bmm(rows.reshape(num_states, num_heads // num_kv_heads, -1), state).view(batch, 1, num_heads, -1)
     if normalize:
@@ -87,11 +87,13 @@ def step_gated_delta_rule(
     kept = decay.to(wide).exp().reshape(num_states, -1, 1)  # [R, 1 or K, 1]
     if initial_state is None:
         state = columns.new_zeros(num_states, key_dim, value_dim)
+        if kept.requires_grad:  # nothing is forgotten, but DDP wants every parameter in the graph
+            state = state * kept
     else:
-        state = initial_state.view(num_states, key_dim, value_dim)
+        state = initial_state.reshape(num_states, key_dim, value_dim)  # a view where it is changed in place
         state = state.mul_(kept) if inplace_final_state else state * kept
     if beta is not None:
-        written = (written - torch.bmm(columns, state)) * beta.to(wide).view(num_states, 1, 1)
+        written = (written - torch.bmm(columns, state)) * beta.to(wide).reshape(num_states, 1, 1)
     columns = columns.transpose(1, 2)
     state = state.addcmul_(columns, written) if inplace_final_state else torch.addcmul(state, columns, written)
     mixed = _scaled_bmm(rows, state, scale).view(batch, 1, num_heads, value_dim)
@@ -128,7 +130,7 @@ def step_window_attention(
     num_states, groups, slots = batch * num_kv_heads, num_heads // num_kv_heads, num_sinks + window_size
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     if not inplace_final_state:
-        state = WindowState(*(None if x is None else x.clone() for x in state))
+        state = WindowState(*(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state))
     cursor = int(state.counts[0, 0])
     place = slice(num_sinks + cursor, num_sinks + cursor + 1)
     old_key, old_value = state.key[:, :, place], state.value[:, :, place]

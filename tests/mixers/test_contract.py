@@ -331,6 +331,69 @@ def test_packed_sequences_do_not_see_each_other(name):
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_packed_rows_go_on_from_their_last_sequence(name):
+    """Whatever shares a batch of rows with it while it is mixed."""
+    mixer, tensors = new_mixer(name), inputs(100)
+    segments = torch.tensor([[0] * 60 + [1] * 40, [0] * 30 + [1] * 19 + [2] * 51])
+    with torch.no_grad():
+        _, state = mixer(*(x[:, :100] for x in tensors), segments=segments, output_final_state=True)
+        for row, start in ((0, 60), (1, 49)):
+            _, alone = mixer(*(x[row : row + 1, start:] for x in tensors), output_final_state=True)
+            step = [x[row : row + 1, :1] for x in tensors]
+            expected = mixer(*step, state=alone)[0]
+            output = mixer(*step, state=tuple(x[row : row + 1].clone() for x in state))[0]
+            assert_close(f"row {row}", output, expected, TOLERANCE[name])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_inputs_are_left_as_they_are(name):
+    mixer, tensors = new_mixer(name), inputs(300)
+    before = [x.clone() for x in tensors]
+    with torch.no_grad():
+        output, state = mixer(*tensors, output_final_state=True)
+        kept = output.clone()
+        mixer(*(x[:, :1] for x in tensors), state=state)
+        assert torch.equal(output, kept)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, before, strict=True))
+
+
+def test_without_gradients_the_output_stage_gives_the_same():
+    for name in ("gla", "gla-no_window", "lightning-plain"):
+        mixer, tensors = new_mixer(name), inputs(600)
+        expected = mixer(*tensors)[0]
+        with torch.no_grad():
+            assert_close(name, mixer(*tensors)[0], expected, 1e-6)
+
+
+def test_a_mask_must_be_bool():
+    mixer, tensors = new_mixer("linear_attention"), inputs(5)
+    for wrong in (torch.ones(2, 5, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool)):
+        with pytest.raises(
+            HybridConfigError, match=r"valid must be bool of shape \[B, T\] = \[2, 5\].*pass mask.bool\(\)"
+        ):
+            mixer(*tensors, valid=wrong)
+
+
+def test_calls_without_tokens_are_refused():
+    with pytest.raises(HybridConfigError, match=r"The query has no tokens; got the shape \[2, 0, 4, 8\]"):
+        new_mixer("linear_attention")(*inputs(0))
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name not in WITHOUT_PARAMETERS])
+def test_a_cached_step_trains_the_mixer_alone(name):
+    """Queries, keys and values from frozen layers: only the mixer's own weights want gradients. And a first token leaves none of them out."""
+    mixer, tensors = new_mixer(name), inputs(101)
+    with torch.no_grad():
+        _, state = mixer(*(x[:, :100] for x in tensors), output_final_state=True)
+    token = [x[:, 100:] for x in tensors]
+    mixer(*token, state=state)[0].square().sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in mixer.parameters())
+    mixer.zero_grad()
+    mixer(*token)[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in mixer.parameters())
+
+
+@pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("case", ["zero", "huge", "constant", "all padded"])
 def test_extreme_inputs_stay_finite(name, case):
     mixer, tensors = new_mixer(name), inputs(80)

@@ -174,6 +174,30 @@ def test_strided_and_grouped_inputs_are_read_where_they_lie(name):
 
 
 @needs_compiler
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_compiler)])
+def test_one_token_of_strided_tensors(backend):
+    """Views of something larger, a transposed state; asked to change it in place, too."""
+    query, key, value = features(1)
+    beta, decay = torch.rand(2, 1, 4)[..., 2:], -torch.rand(2, 1, 4)[..., :2]
+    state = torch.randn(2, 8, 2, 5).transpose(1, 2)
+    settings = {"decay": decay, "beta": beta, "scale": 1.0, "output_final_state": True}
+    expected = naive.naive_gated_delta_rule(query, key, value, initial_state=state, **settings)
+    for inplace in (False, True):
+        actual = dispatch.gated_delta_rule(
+            query, key, value, initial_state=state.detach(), inplace_final_state=inplace, backend=backend, **settings
+        )
+        for x, y in zip(actual, expected, strict=True):
+            assert_close("step", x, y, 2e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_compiler)])
+def test_a_mask_of_numbers_means_what_it_says(backend):
+    tensors = features(20)
+    valid = torch.rand(2, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = dispatch.linear_attention(*tensors, valid=valid, backend=backend)[0]
+    assert_close("output", dispatch.linear_attention(*tensors, valid=valid.long(), backend=backend)[0], expected, 2e-6)
+
+
 def test_threads_share_the_work_and_change_nothing():
     tensors = features(300)
     before = torch.get_num_threads()

@@ -10,7 +10,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 READABLE = (torch.float32, torch.bfloat16, torch.bool, torch.int64)
 
 
-def can_run(query, key, value, *others, feature_maps=(None, None)) -> bool:
+def can_run(query, key, value, *others, valid=None, feature_maps=(None, None)) -> bool:
     """Whether the kernels take these inputs: plain fp32 or bf16 CPU tensors (`None` is skipped), nobody tracing, and maps they know."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
@@ -20,6 +20,8 @@ def can_run(query, key, value, *others, feature_maps=(None, None)) -> bool:
     for x in (query, key, value, *others):
         if x is not None and (type(x) not in PLAIN or not x.is_cpu or x.dtype not in READABLE):
             return False
+    if valid is not None and (type(valid) is not torch.Tensor or not valid.is_cpu or valid.dtype != torch.bool):
+        return False
     map_q, map_k = feature_maps
     if map_q is None and map_k is None:
         return True
