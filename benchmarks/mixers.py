@@ -1,9 +1,9 @@
 """Quality of every mixer on SmolLM2-135M after the same short distillation: which one to pick.
 
-    python benchmarks/mixers.py [--max_steps 16] [--only gla,jet_block] [--output results/mixers.json]
+    python benchmarks/mixers.py [--max_steps 8] [--only gla,jet_block] [--output results/mixers.json]
 
-Distils all layers with HybridTrainer's defaults on State of the Union text (16 x 4 sequences of 1,024 tokens), then measures held-out addresses with the 15 odd
-layers and with all 30 linear: perplexity, and the loss on the second copy of a repeated passage. Two cores, three to four minutes per mixer.
+Distils all layers with HybridTrainer's defaults on State of the Union text (8 x 4 sequences of 1,024 tokens), then measures held-out addresses with the 15 odd
+layers and with all 30 linear: perplexity, and the loss on the second copy of a repeated passage. Two cores, about two minutes per mixer.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CHOICES = {"odd": list(range(1, 30, 2)), "all": list(range(30))}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max_steps", type=int, default=16)
+    parser.add_argument("--max_steps", type=int, default=8)
     parser.add_argument("--only", help="comma-separated names; all by default")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
