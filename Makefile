@@ -37,6 +37,7 @@ quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/cards.py --check
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -50,7 +51,9 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
 	$(BIN)/python benchmarks/distillation_step.py --output benchmarks/results/distillation_step.json
 	$(BIN)/python benchmarks/initialization.py --output benchmarks/results/initialization.json
+	$(BIN)/python benchmarks/mixers.py --output benchmarks/results/mixers.json
 	$(BIN)/python benchmarks/ops.py --json benchmarks/results/ops.json
+	$(BIN)/python benchmarks/cards.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

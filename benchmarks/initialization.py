@@ -3,7 +3,7 @@
     python benchmarks/initialization.py [--max_steps 12] [--output results/initialization.json]
 
 Six of the 30 layers, State of the Union text, 512 tokens per sequence. The loss is the squared error of the layer's output over the teacher output's
-mean square, mean over layers, on held-out addresses: before training and after `max_steps` x 4 sequences. Two cores, about fifteen minutes.
+mean square, mean over layers, on held-out addresses: before training and after `max_steps` x 4 sequences. Two cores, about twenty minutes.
 """
 
 import argparse
