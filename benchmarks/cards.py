@@ -18,11 +18,11 @@ CARDS = {
     "linear_attention": (
         ["linear_attention/hedgehog", "linear_attention/hedgehog+window", "linear_attention/taylor", "linear_attention/dpfp",
          "linear_attention/softmax", "linear_attention/elu", "linear_attention/relu"],
-        ["linear_attention", "linear_attention, no window"],
+        ["linear_attention"],
     ),
     "sliding_window": (["sliding_window"], ["sliding_window"]),
     "lightning": (["lightning", "lightning/equal_heads"], ["lightning"]),
-    "gla": (["gla", "gla/safe"], ["gla", "gla, no window"]),
+    "gla": (["gla", "gla/safe"], ["gla"]),
     "gated_delta_net": (
         ["gated_delta_net", "gated_delta_net/equal_heads"], ["gated_delta_net"],
     ),
