@@ -647,15 +647,15 @@ def main():
         print(memory_of(name, int(which), int(length)))
         return
     phases = {
-        "prefill": lambda: [row for n, r in ((512, 15), (4096, 5), (16384, 1)) for row in prefill(n, r)],
-        "train": lambda: train(4096, 3),
+        "prefill": lambda: [row for n, r in ((512, 15), (4096, 15), (16384, 1)) for row in prefill(n, r)],
+        "train": lambda: train(4096, 7),
         "decode": lambda: decode(8192, 15),
         "crossover": lambda: crossover(15),
         "layer": lambda: layer(8192, 3),
         "memory": lambda: memory(16384),
     }
     verify()
-    rows = prefill(4096, 3) if options.quick else [row for name in options.phases.split(",") for row in phases[name]()]
+    rows = prefill(4096, 9) if options.quick else [row for name in options.phases.split(",") for row in phases[name]()]
     if options.json:
         machine = {
             "processor": processor(), "torch": torch.__version__, "transformers": transformers.__version__, "threads": 1,
