@@ -14,7 +14,7 @@ import torch
 from ..errors import HybridConfigError, MissingDependencyError, closest
 from . import chunk, cpp, step
 from .cpp.build import kernels
-from .naive import TINY
+from .naive import TINY, mapped
 
 
 BACKENDS = ("torch", "cpp", "fla")
@@ -202,12 +202,7 @@ def _fla_linear_attention(
     """`fla.ops.linear_attn`, with the ones column of the value as normaliser: fla's own adds an epsilon, so it stays off."""
     from fla.ops.linear_attn import chunk_linear_attn, fused_recurrent_linear_attn
 
-    if feature_map_q is not None:
-        query = feature_map_q(query.transpose(1, 2)).transpose(1, 2)
-    if feature_map_k is not None:
-        key = feature_map_k(key.transpose(1, 2)).transpose(1, 2)
-    if valid is not None:
-        key = key * valid[..., None, None].to(key.dtype)
+    query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
     key_dim, value_dim = key.shape[3], value.shape[3]
     value = _aligned(torch.nn.functional.pad(value, (0, 1), value=1.0))
     query, key = _aligned(query), _aligned(key)

@@ -40,9 +40,7 @@ def naive_linear_attention(
         `(output, final_state)`: `[B, T, H, V]` (or `V + 1`) in the query's dtype, and `[B, H_kv, F, V + 1]` fp32 or `None`.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    query, key = _features(feature_map_q, query), _features(feature_map_k, key)
-    if valid is not None:
-        key = key * valid[..., None, None]
+    query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
     batch, length, _, feature_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
     state = query.new_zeros(batch, num_kv_heads, feature_dim, value_dim + 1, dtype=wide)
@@ -65,9 +63,7 @@ def naive_bidirectional_linear_attention(query, key, value, *, feature_map_q=Non
     Arguments and output as in [`naive_linear_attention`]; there is no state.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    query, key = _features(feature_map_q, query), _features(feature_map_k, key)
-    if valid is not None:
-        key = key * valid[..., None, None]
+    query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
     state = 0
     for t in range(query.shape[1]):
         state = state + key[:, t].to(wide).unsqueeze(-1) * _with_one(value[:, t].to(wide)).unsqueeze(-2)
@@ -284,6 +280,12 @@ def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, 
     output = torch.stack(outputs, dim=1).to(query.dtype)
     counts = torch.stack([torch.zeros_like(run), sink_count, run], dim=1)
     return output, WindowState(keys, values, visible, counts, recurrent)
+
+
+def mapped(query, key, feature_map_q, feature_map_k, valid):
+    """Features of all queries and keys, `[B, T, H, F]` and `[B, T, H_kv, F]`; those of keys that do not exist are zeros."""
+    query, key = _features(feature_map_q, query), _features(feature_map_k, key)
+    return query, (key if valid is None else key * valid[..., None, None])
 
 
 def _features(feature_map, x):

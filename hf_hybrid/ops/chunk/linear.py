@@ -10,7 +10,7 @@ Axes inside a block: `[B, N, H, C, K]`, so that `B * N * H_kv` matrices go into 
 import torch
 
 from ..matmul import matmul_mode
-from ..naive import TINY
+from ..naive import TINY, mapped
 from .blocks import blocks, by_chunk, divide, running_states
 from .gated import chunk_gated_linear_attention
 
@@ -60,12 +60,7 @@ def chunk_linear_attention(
 
 def _traceable_form(query, key, value, feature_map_q, feature_map_k, valid, state, normalize):
     """Left to autograd, for `torch.compile`, which cannot look into the backward pass below: gated linear attention that forgets nothing."""
-    if feature_map_q is not None:
-        query = feature_map_q(query.transpose(1, 2)).transpose(1, 2)
-    if feature_map_k is not None:
-        key = feature_map_k(key.transpose(1, 2)).transpose(1, 2)
-    if valid is not None:
-        key = key * valid[..., None, None].to(key.dtype)
+    query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
     output, state = chunk_gated_linear_attention(
         query, key, torch.nn.functional.pad(value, (0, 1), value=1.0), decay=key.new_zeros(key.shape[:3]), scale=1.0, initial_state=state,
         output_final_state=True,
