@@ -34,10 +34,12 @@ class HybridAttentionMixin:
     Attributes:
         hybrid (`LinearMixer`): The mixer; all learned parameters of the layer's linear side.
         hybrid_swapped (`bool`): Whether the mixer is active. `False` runs the host's softmax, bit for bit.
+        last_valid (`torch.Tensor` or `None`): Which tokens of the last call existed, bool `[B, T]`; `None` for all of them.
     """
 
     hybrid: LinearMixer
     hybrid_swapped: bool
+    last_valid: torch.Tensor | None = None
 
     def forward(self, *args, **kwargs):
         if not self.hybrid_swapped:
@@ -51,11 +53,17 @@ class HybridAttentionMixin:
             return args[index] if index is not None and index < len(args) else None
 
         hidden_states = argument("hidden_states")
-        context = {"hidden_states": args[0] if hidden_states is None else hidden_states, "layer": None, "offset": None}
+        if hidden_states is None and args:
+            hidden_states = args[0]
+        context = {"hidden_states": hidden_states, "layer": None, "offset": None, "calls": 0}
         context["position_ids"] = kwargs.get("position_ids")
         cache = next((c for c in map(argument, CACHE_ARGUMENTS) if c is not None), None)
-        if cache is not None and getattr(self, "layer_idx", None) is not None:
-            layer = linear_cache_layer(cache, self.layer_idx)
+        layer_idx = argument("layer_idx")  # a module used at several depths is told which one
+        layer_idx = getattr(self, "layer_idx", None) if layer_idx is None else layer_idx
+        if cache is not None and layer_idx is not None:
+            layer = linear_cache_layer(cache, layer_idx)
+            # T5 and its kin size the position bias of *all* layers with the keys of the one that owns it
+            layer.full_length_keys = bool(getattr(self, "has_relative_attention_bias", False))
             offset = layer.mask_offset()  # before the host's attention advances the counter
             context["layer"], context["offset"] = layer, offset.clone() if torch.is_tensor(offset) else offset
         self._hybrid_context = context
@@ -86,9 +94,27 @@ def hybrid_attention_forward(
             "(`generate_batch`, `transformers serve`) cannot run this model. Use `generate`."
         )
     context = module._hybrid_context
-    layer, length = context["layer"], query.shape[2]
+    layer, length, mixer = context["layer"], query.shape[2], module.hybrid
+    if layer is not None and layer.full_length_keys:
+        key, value = layer.new_key_values
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    mixer = module.hybrid
+    hidden_states = context["hidden_states"]
+    context["calls"] += 1
+    if context["calls"] > 1 and (mixer.causal or layer is not None):
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: attention is called {context['calls']} times in one forward. A causal linear layer has one state, which would "
+            "take in the tokens twice. Leave the layer out of `layers`."
+        )
+    if key.shape[1] != length:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: a linear layer attends from a sequence to itself; got {length} queries and {key.shape[1]} keys. Keys of "
+            "another sequence (cross-attention, shared keys, prefix tuning) cannot be mixed in."
+        )
+    if mixer.needs_hidden_states and hidden_states.shape[:2] != query.shape[:2]:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: {mixer.config_class.name} makes its gates from the layer's input of shape {list(hidden_states.shape)}, which does "
+            f"not fit queries of shape {list(query.shape)}. Use linear_attention or sliding_window here."
+        )
     if (query.shape[-1], query.shape[2], key.shape[2]) != (mixer.head_dim, mixer.num_heads, mixer.num_key_value_heads):
         raise CheckpointError(
             f"{type(module).__name__}: the config says {mixer.num_heads} query heads, {mixer.num_key_value_heads} key-value heads of size "
@@ -101,13 +127,15 @@ def hybrid_attention_forward(
     if offset is None:  # no cache or a dynamic one: the mask's key axis ends at the newest token
         offset = 0 if attention_mask is None else max(attention_mask.shape[-1] - length, 0)
     valid = valid_tokens(attention_mask, length, offset, query.device)
+    if valid is not None and valid.shape[0] != query.shape[0]:
+        valid = valid.expand(query.shape[0], -1)
+    module.last_valid = valid
     state = None if layer is None else layer.read_state()
     segments = None
     if length > 1 and state is None:
         segments = packed_segments({"position_ids": context["position_ids"], **kwargs}, valid, query)
 
-    hidden_states = context["hidden_states"]
-    output, state = module.hybrid(
+    output, state = mixer(
         query,
         key,
         value,
@@ -160,7 +188,8 @@ def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
         return mask.mask_mod(batch, torch.zeros_like(batch), row, row + offset)
     if mask.ndim == 2:  # flash attention
         return mask[:, -length:].bool()
-    mask = mask[:, 0]  # [B, Q, KV]; heads share it
+    if mask.ndim == 4:
+        mask = mask[:, 0]  # [B, Q, KV]; heads share which tokens exist
     if mask.shape[-2] == 1 and length > 1:  # one row for all queries: a bidirectional mask
         diagonal = mask[:, 0, -length:]
     else:
@@ -245,7 +274,8 @@ def restore_attention_(module: nn.Module) -> None:
     module.config = module.__dict__.pop("_hybrid_host_config")
     del module.hybrid
     module.__dict__.pop("hybrid_swapped", None)
-    module.__dict__.pop("_hybrid_context", None)
+    for attribute in ("_hybrid_context", "last_valid"):
+        module.__dict__.pop(attribute, None)
     _rebind_wrapped_forward(module)
 
 

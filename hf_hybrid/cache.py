@@ -7,12 +7,22 @@ attention code, stores nothing and hands the new keys and values through; the mi
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, LinearAttentionLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    LinearAttentionLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from .errors import UnsupportedModelError
 
 
 State = tuple[torch.Tensor, ...]
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
@@ -28,6 +38,9 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
         CacheLayerMixin.__init__(self)
         LinearAttentionLayer.__init__(self, number_of_states=0)
         self.cumulative_length: int | torch.Tensor = 0
+        # Whether `update` returns keys as long as a softmax layer's would be, for hosts that measure them: the last entries are the new ones
+        self.full_length_keys = False
+        self.new_key_values: tuple[torch.Tensor, torch.Tensor] | None = None
         # with `record_past`: (state before, function that replays the first n tokens of the call, tokens of the call)
         self._calls: list[tuple[State | None, Callable[[State | None, int], State], int]] = []
 
@@ -42,7 +55,15 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
             self.device, self.dtype = key_states.device, key_states.dtype
         self.batch_size = key_states.shape[0]
         self.cumulative_length += key_states.shape[-2]
-        return key_states, value_states
+        return self._returned(key_states, value_states)
+
+    def _returned(self, key_states, value_states):
+        """The new keys and values; with `full_length_keys`, placeholders of the whole length, of zero stride so that they hold nothing."""
+        if not self.full_length_keys:
+            return key_states, value_states
+        self.new_key_values = key_states, value_states
+        length = self.get_mask_sizes(0)[0]
+        return tuple(x.new_empty(1).expand(*x.shape[:-2], length, x.shape[-1]) for x in self.new_key_values)
 
     def get_seq_length(self):
         return self.cumulative_length
@@ -185,7 +206,7 @@ class StaticHybridLinearLayer(HybridLinearLayer):
         self.cumulative_length.add_(key_states.shape[-2])
         if self.is_sliding:
             self._replaced.cumulative_length_int += key_states.shape[-2]
-        return key_states, value_states
+        return self._returned(key_states, value_states)
 
     def get_seq_length(self):
         if self.is_sliding:
@@ -225,6 +246,11 @@ def linear_cache_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> Hy
     current = cache.layers[layer_idx]
     if isinstance(current, HybridLinearLayer):
         return current
+    if not is_plain_cache_layer(current):
+        raise UnsupportedModelError(
+            f"Layer {layer_idx} keeps more than keys and values in the cache ({type(current).__name__}), which a linear-attention layer cannot serve. "
+            "Leave the layer out of `layers`."
+        )
     if int(current.get_seq_length()) > 0:
         raise UnsupportedModelError(
             f"The cache holds softmax keys and values for layer {layer_idx}, which is linear attention. "
@@ -235,6 +261,11 @@ def linear_cache_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> Hy
     layer.record_past = recording
     cache.layers[layer_idx] = layer
     return layer
+
+
+def is_plain_cache_layer(layer: CacheLayerMixin) -> bool:
+    """Whether a cache layer holds the keys and values of one softmax and nothing else (no indexer, no compressed blocks)."""
+    return type(layer) in PLAIN_LAYERS
 
 
 def cache_bytes(cache: Cache | EncoderDecoderCache) -> int:

@@ -40,6 +40,7 @@ class AttentionSite:
         value_dim (`int`): Size of values per head.
         hidden_size (`int`): Size of the layer's input.
         causal (`bool`): Whether tokens see only earlier ones.
+        part (`str`): `"encoder"` or `"decoder"` in an encoder-decoder, else `"text"`, `"vision"` or `"audio"`. Not stored in checkpoints.
     """
 
     name: str
@@ -49,10 +50,11 @@ class AttentionSite:
     value_dim: int
     hidden_size: int
     causal: bool
+    part: str = dataclasses.field(default="", compare=False)
 
     def sizes(self) -> dict[str, Any]:
-        """The arguments of a mixer's constructor that follow from the model."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "name"}
+        """The arguments of a mixer's constructor that follow from the model: what a checkpoint stores beside the name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare and field.name != "name"}
 
 
 def hybrid_section(
@@ -95,7 +97,7 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, tuple[AttentionS
             f"{where}: `hybrid` must have `sites` and `projections` (shared, low_rank or full); got {section.get('projections')!r}. The file "
             "was edited."
         )
-    expected = {field.name for field in dataclasses.fields(AttentionSite)} - {"name"} | {"mixer"}
+    expected = {field.name for field in dataclasses.fields(AttentionSite)} - {"name", "part"} | {"mixer"}
     sites = {}
     for name, entry in section["sites"].items():
         if not isinstance(entry, dict) or set(entry) != expected:
@@ -236,7 +238,8 @@ def hybrid_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
 def check_selection(layers, sites: list[AttentionSite], model_description: str) -> list[AttentionSite]:
     """
-    The sites that `layers` selects: `None` for all, an iterable of indices and names, or a predicate on [`AttentionSite`].
+    The sites that `layers` selects: `None` for all, an iterable of indices and names, or a predicate on [`AttentionSite`]. A name is that of a site,
+    of a module around sites (`"model.vision_tower"`), or of a part (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`).
 
     Raises:
         HybridConfigError: If an index is out of range or a name is not a site.
@@ -256,16 +259,18 @@ def check_selection(layers, sites: list[AttentionSite], model_description: str) 
                     raise HybridConfigError(
                         f"layers: index must be in 0..{len(sites) - 1} for the {len(sites)} attention sites of {model_description}; got {layer}."
                     )
-                site = sites[layer]
+                selected = [sites[layer]]
             elif layer in by_name:
-                site = by_name[layer]
+                selected = [by_name[layer]]
             else:
+                selected = [site for site in sites if site.part == layer or site.name.startswith(f"{layer}.")]
+            if not selected:
+                parts = sorted({site.part for site in sites if site.part})
                 raise HybridConfigError(
-                    f"layers: {layer!r} is not an attention site of {model_description}.{closest(str(layer), by_name)} "
-                    "Use find_attention_sites(model) to see them."
+                    f"layers: {layer!r} is not an attention site of {model_description}, nor around one, nor one of its parts "
+                    f"({', '.join(parts)}).{closest(str(layer), [*by_name, *parts])} Use find_attention_sites(model) to see them."
                 )
-            if site not in chosen:
-                chosen.append(site)
+            chosen.extend(site for site in selected if site not in chosen)
     if not chosen:
         raise NoMatchingAttentionError(
             f"layers={layers!r} matched none of the {len(sites)} attention sites of {model_description}. "

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_labels
 
 from .attention import CACHE_ARGUMENTS, convert_attention_
 from .configuration_hybrid import AttentionSite, check_selection
@@ -54,6 +55,7 @@ class DistillSite(nn.Module):
         self.teacher, self.student = teacher, student
         self.site, self.mixer_config = site, mixer_config
         self.swapped = False
+        self.was_reached = False  # by any batch of the training so far
         self.record: _LossRecord | None = None  # set by the model for the duration of one training forward
 
     def __getattr__(self, name):
@@ -72,10 +74,11 @@ class DistillSite(nn.Module):
 
 
 class _LossRecord:
-    """Collects the local losses of one forward."""
+    """Collects the local losses of one forward, per site: a module that several depths share is called several times."""
 
-    def __init__(self, valid: torch.Tensor | None, recompute: bool, window_dropout: float = 0.0):
-        self.valid, self.recompute, self.window_dropout, self.losses = valid, recompute, window_dropout, []
+    def __init__(self, recompute: bool, window_dropout: float = 0.0):
+        self.recompute, self.window_dropout = recompute, window_dropout
+        self.losses: dict[DistillSite, list[torch.Tensor]] = {}
 
     def add(self, site: DistillSite, teacher_output, args, kwargs):
         kwargs = {name: _detached(value) for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}
@@ -91,14 +94,28 @@ class _LossRecord:
                 output = site.student(*args, **kwargs)
             finally:
                 mixer.ablated = before
-            return normalized_mse(output[0] if isinstance(output, tuple) else output, teacher_output, self.valid)
+            output = output[0] if isinstance(output, tuple) else output
+            # padding as the layer itself was told: an encoder's mask is not its decoder's, and pictures have none
+            valid = site.student.last_valid
+            return normalized_mse(output, teacher_output, valid if _fits(valid, output) else None)
 
         # recomputed in backward by default: half a MiB per layer is kept instead of every chunk's scores
         if self.recompute and torch.is_grad_enabled():  # a checkpoint whose backward never comes is never freed
             loss = checkpoint(local_loss, *args, use_reentrant=False, preserve_rng_state=False)
         else:
             loss = local_loss(*args)
-        self.losses.append(loss)
+        self.losses.setdefault(site, []).append(loss)
+        site.was_reached = True
+
+    def block_losses(self, sites: Iterable[DistillSite], device) -> torch.Tensor:
+        """`[number of sites]`, in the order of `sites`; 0 where the batch did not reach the site (a text without pictures)."""
+        zero = torch.zeros((), device=device)
+        losses = [self.losses.get(site) for site in sites]
+        return torch.stack([zero if loss is None else torch.stack(loss).mean().to(device) for loss in losses])
+
+
+def _fits(valid: torch.Tensor | None, output: torch.Tensor) -> bool:
+    return valid is not None and valid.shape == output.shape[:-1]
 
 
 def _detached(value):
@@ -121,14 +138,12 @@ class DistillModelMixin:
     def _distill_forward(self, task_forward, *args, **kwargs):
         if not self.training:
             return task_forward(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        record = _LossRecord(
-            mask.bool() if torch.is_tensor(mask) and mask.ndim == 2 else None,
-            self.recompute_students,
-            self.window_dropout,
-        )
-        kwargs.pop("labels", None)
-        kwargs["use_cache"] = False
+        record = _LossRecord(self.recompute_students, self.window_dropout)
+        if not (self.config.is_encoder_decoder and kwargs.get("decoder_input_ids") is None):
+            for name in self._label_names:  # of an encoder-decoder, they are what its decoder reads
+                kwargs.pop(name, None)
+        if "use_cache" in self._forward_parameters:
+            kwargs["use_cache"] = False
         if "logits_to_keep" in self._forward_parameters:
             # nobody looks at the logits: spare the largest matrix product of a small model (by index: see tasks.py)
             kwargs["logits_to_keep"] = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -139,7 +154,7 @@ class DistillModelMixin:
         finally:
             for site in self.distill_sites.values():
                 site.record = None
-        losses = torch.stack(record.losses)
+        losses = record.block_losses(self.distill_sites.values(), self.device)
         return {"loss": losses.sum(), "block_losses": losses.detach()}
 
     def train(self, mode: bool = True):
@@ -172,6 +187,7 @@ def _distill_class(base: type) -> type:
     namespace = {
         "forward": distill_forward,
         "_forward_parameters": frozenset(inspect.signature(forward).parameters),
+        "_label_names": tuple(find_labels(base)),
         "config_class": base.config_class,
         "__module__": base.__module__,
     }
@@ -218,7 +234,7 @@ def prepare_distillation_(
         )
     initialization = check_initialization(initialization)
     probed = probe_attention(model, example_inputs)
-    chosen = check_selection(layers, [site for site, _ in probed], describe(model))
+    chosen = check_selection(layers, probed.sites, describe(model))
     modules = dict(model.named_modules())
     built = {}
     for site in chosen:
@@ -229,7 +245,7 @@ def prepare_distillation_(
         ).float()  # fp32 master weights: bf16 would swallow small updates
         convert_attention_(student, mixer_module)
         built[site.name] = DistillSite(teacher, student, site, config.fitted(site.causal))
-    warn_of_losses({site.name: lost for site, lost in probed if site in chosen})
+    warn_of_losses({site.name: probed.lost[site.name] for site in chosen})
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, site in built.items():

@@ -4,7 +4,7 @@ import os
 from importlib import resources
 
 import jinja2
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .configuration_hybrid import package_version
 from .mixers import MixerConfig, build_mixer
@@ -25,6 +25,17 @@ def is_own_card(path: str) -> bool:
         return False
     with open(path, encoding="utf-8") as file:
         return MARKER not in file.read()
+
+
+def number_of_layers(config) -> int:
+    """Layers of the whole model as its config counts them: of an encoder-decoder both, of a multimodal model all towers; 0 if it does not say."""
+    parts = [getattr(config, key, None) for key in type(config).sub_configs]
+    towers = [number_of_layers(part) for part in parts if isinstance(part, PreTrainedConfig)]
+    if any(towers):
+        return sum(towers)
+    own = getattr(config, "num_hidden_layers", None) or getattr(config, "encoder_layers", None) or 0
+    decoder = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None)
+    return int(own) + (int(decoder or own) if getattr(config, "is_encoder_decoder", False) else 0)
 
 
 def write_model_card(
@@ -72,7 +83,7 @@ def write_model_card(
         version=package_version(),
         auto_class=auto,
         linear=len(sites),
-        total=max(config.get_text_config().num_hidden_layers, len(sites)),
+        total=max(number_of_layers(config), len(sites)),
         mixers=", ".join(f"`{mixer}`" for mixer in sorted({settings["name"] for _, settings in sites.values()})) or "none",
         rows=rows,
         report=report,

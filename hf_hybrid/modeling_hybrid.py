@@ -90,13 +90,13 @@ def find_attention_sites(model: PreTrainedModel, example_inputs: dict | None = N
     that `convert_to_hybrid` and the search use.
 
     Args:
-        model (`PreTrainedModel`): The model; it is run once on a few tokens and comes back unchanged.
-        example_inputs (`dict`, *optional*): Arguments of that forward, for models that do not take `input_ids`.
+        model (`PreTrainedModel`): The model; it is run once on a few tokens, a picture or a sound, and comes back unchanged.
+        example_inputs (`dict`, *optional*): Arguments of that forward, for models whose arguments cannot be told from their config.
 
     Raises:
         UnsupportedModelError: If there is no such place.
     """
-    return [site for site, _ in probe_attention(model, example_inputs)]
+    return probe_attention(model, example_inputs).sites
 
 
 def convert_to_hybrid(
@@ -114,7 +114,8 @@ def convert_to_hybrid(
         model (`PreTrainedModel`): The model. It becomes a `Hybrid…` model that still is an instance of its former class; all weights keep
             their names and values, mixer parameters appear under `<attention>.hybrid.*`.
         mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): A name of `list_mixers()` or a config.
-        layers (*optional*): Indices or names of attention sites, or a predicate on [`AttentionSite`]. All of them by default.
+        layers (*optional*): Indices or names of attention sites, a part of the model (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`), a
+            module around sites (`"model.vision_tower"`), or a predicate on [`AttentionSite`]. All of them by default.
         initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, see
             [`HybridTrainingArguments`]; all of it by default. `half_lives` and `output_scale` are [`calibrate_mixers`]' business.
         example_inputs (`dict`, *optional*): See [`find_attention_sites`].
@@ -133,7 +134,7 @@ def convert_to_hybrid(
     config, initialization = resolve_mixer_config(mixer), check_initialization(initialization)
     check_convertible(model)
     probed = probe_attention(model, example_inputs)
-    sites = [site for site, _ in probed]
+    sites = probed.sites
     chosen = check_selection(layers, sites, describe(model))
     modules = dict(model.named_modules())
     for site in chosen:
@@ -143,7 +144,7 @@ def convert_to_hybrid(
             )
     # build everything before touching anything: a mixer that refuses leaves the model as it was
     mixers = {site.name: new_mixer(config, site, modules[site.name], initialization) for site in chosen}
-    warn_of_losses({site.name: lost for site, lost in probed if site in chosen})
+    warn_of_losses({site.name: probed.lost[site.name] for site in chosen})
     for site in chosen:
         convert_attention_(modules[site.name], mixers[site.name])
     before = model.config.hybrid_sites() if isinstance(model.config, HybridConfigMixin) else {}
@@ -389,7 +390,8 @@ class HybridModelMixin:
         if cache is not None:
             for module in self.modules():
                 if isinstance(module, HybridAttentionMixin) and module.hybrid_swapped and module.hybrid.causal:
-                    linear_cache_layer(cache, module.layer_idx)
+                    if getattr(module, "layer_idx", None) is not None:
+                        linear_cache_layer(cache, module.layer_idx)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result

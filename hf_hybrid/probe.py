@@ -1,24 +1,28 @@
 """Where attention can be replaced, measured: one dry forward with a recording attention function in place of every softmax.
 
-Nothing is guessed from names or source code. A module is a site if it calls the attention interface exactly once per forward, attending
-from a sequence to itself; heads, sizes and causality are read off the call.
+Nothing is guessed from names or source code. A module is a site if it calls the attention interface once per forward (or once per stretch of its
+input), attending from a sequence to itself; heads, sizes and causality are read off the call. What is no site is listed with the reason.
 """
 
 import contextlib
 import dataclasses
+import inspect
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
+from .cache import is_plain_cache_layer
 from .configuration_hybrid import AttentionSite
+from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedModelError
 
 
 PROBE = "hf_hybrid_probe"
-# Tokens of the dry forward: more than one sliding or chunked mask block of toy models, cheap for large ones.
-PROBE_LENGTH = 9
 
 # What a linear layer cannot carry over, by the keyword through which the host passes it to its softmax.
 LOST = {
@@ -27,37 +31,72 @@ LOST = {
     "sinks": "the learned attention sinks",
     "softcap": "the soft-cap on attention scores",
 }
+LOST_BIAS = "the bias that its mask adds to attention scores"
+LOST_MASK = "the mask between its tokens (windows or blocks)"
+# Names under which attention modules are handed another sequence to attend to.
+OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
+
+
+@dataclasses.dataclass
+class ProbedModel:
+    """
+    What the dry forward of a model found.
+
+    Attributes:
+        sites (`list[AttentionSite]`): Where attention can be replaced, in the model's order.
+        lost (`dict[str, tuple[str, ...]]`): What a linear layer at a site cannot carry over, by the site's name; empty for most.
+        excluded (`dict[str, str]`): Attention modules that call the interface and still are no sites: name and reason.
+        inline (`tuple[str, ...]`): Classes of modules that compute a softmax over scores by themselves.
+    """
+
+    sites: list[AttentionSite]
+    lost: dict[str, tuple[str, ...]]
+    excluded: dict[str, str]
+    inline: tuple[str, ...]
 
 
 @dataclasses.dataclass
 class _Call:
-    count: int
+    """One call of the attention function, as the module made it."""
+
     query: torch.Size
-    key: torch.Size
+    key: torch.Tensor  # kept alive: two modules that attend to one key share it
     value: torch.Size
     causal: bool
     lost: tuple[str, ...]
-    hidden_size: int | None = None
+
+
+@dataclasses.dataclass
+class _Record:
+    """Forwards of one attention module."""
+
+    calls: list[list[_Call]]  # of each forward
+    hidden_states: torch.Size | None  # the first tensor it is given
+    other_sequence: bool
 
 
 def _record(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):
     """Stands in for the softmax: notes the call on the module, returns zeros of the right shape."""
-    call = module.__dict__.get("_hybrid_probe")
-    if call is None:
-        lost = tuple(dict.fromkeys(LOST[name] for name in LOST if kwargs.get(name) is not None))
-        causal = _is_causal(attention_mask, is_causal, getattr(module, "is_causal", None))
-        module.__dict__["_hybrid_probe"] = _Call(1, query.shape, key.shape, value.shape, causal, lost)
-    else:
-        call.count += 1
+    lost = [LOST[name] for name in LOST if kwargs.get(name) is not None]
+    causal = _is_causal(attention_mask, is_causal, getattr(module, "is_causal", None))
+    if torch.is_tensor(attention_mask) and attention_mask.ndim == 4 and attention_mask.device.type != "meta":
+        lost += _lost_with_mask(attention_mask, causal)
+    record = module.__dict__.get("_hybrid_probe")
+    if record is not None and record.calls:
+        record.calls[-1].append(_Call(query.shape, key, value.shape, causal, tuple(dict.fromkeys(lost))))
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _is_causal(mask, keyword, attribute) -> bool:
     """The mask is the ground truth (some bidirectional models keep `is_causal=True`); then the keyword, the attribute, SDPA's rule."""
-    if torch.is_tensor(mask) and mask.ndim == 4:
+    if torch.is_tensor(mask) and mask.ndim == 4 and mask.device.type != "meta":
         if mask.shape[-2] == 1:
             return False
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        seen = _seen(mask)
         side = min(seen.shape[-2:])
         return not bool(seen[..., :side, :side].triu(1).any())
     if keyword is not None:
@@ -65,30 +104,83 @@ def _is_causal(mask, keyword, attribute) -> bool:
     return True if attribute is None else bool(attribute)
 
 
+def _lost_with_mask(mask: torch.Tensor, causal: bool) -> list[str]:
+    """Numbers added to scores are a bias; rows that see different tokens, in a bidirectional layer, are windows or blocks."""
+    lost = []
+    if mask.is_floating_point() and bool(((mask != 0) & _seen(mask)).any()):
+        lost.append(LOST_BIAS)
+    if not causal and bool((_seen(mask) != _seen(mask)[..., :1, :]).any()):
+        lost.append(LOST_MASK)
+    return lost
+
+
+def _probe_mask(*args, **kwargs):
+    """Always an explicit mask: causality is read off it. On the CPU, so that it can be read where the model has no weights (meta device)."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "meta":
+        kwargs["device"] = "cpu"
+    return eager_mask(*args, **kwargs)
+
+
 AttentionInterface.register(PROBE, _record)
-AttentionMaskInterface.register(PROBE, eager_mask)  # always an explicit mask: causality is read off it
+AttentionMaskInterface.register(PROBE, _probe_mask)
+
+
+class _InlineSoftmax(TorchFunctionMode):
+    """Notes which modules compute attention without the interface: the reason why a model has no sites."""
+
+    def __init__(self, modules: list[nn.Module]):
+        super().__init__()
+        self.modules, self.found = modules, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.note()
+        elif func is F.multi_head_attention_forward:
+            self.note()
+        elif func in (F.softmax, torch.softmax, torch.Tensor.softmax):
+            shape = args[0].shape if args and torch.is_tensor(args[0]) else ()
+            # scores are [B, H, Q, K] or [B * H, T, T]; experts' gates [B, T, E] or [T, E]
+            if len(shape) > 3 or (len(shape) == 3 and shape[-1] == shape[-2]):
+                self.note()
+        return func(*args, **(kwargs or {}))
+
+    def note(self):
+        inside = [module for module in self.modules if type(module) is not nn.Softmax]
+        if inside:
+            self.found[type(inside[-1]).__name__] = None
 
 
 @contextlib.contextmanager
 def _recording(model: nn.Module):
     """Every attention of `model` records instead of computing; everything is put back, whatever happens inside."""
-    configs = {
-        id(config): config for config in (getattr(m, "config", None) for m in model.modules()) if config is not None
-    }
+    modules = list(model.modules())
+    configs = {id(config): config for config in (getattr(m, "config", None) for m in modules) if config is not None}
+    configs = {key: config for key, config in configs.items() if hasattr(config, "_attn_implementation_internal")}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    training = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in modules}
+    running: list[nn.Module] = []
 
-    def note_input(module, args, kwargs):
-        hidden_states = kwargs.get("hidden_states", args[0] if args else None)
-        if torch.is_tensor(hidden_states):
-            module.__dict__["_hybrid_probe_input"] = hidden_states.shape[-1]
+    def enter(module, args, kwargs):
+        running.append(module)
+        given = [kwargs.get("hidden_states"), *args, *kwargs.values()]
+        hidden_states = next((value.shape for value in given if torch.is_tensor(value)), None)
+        other = any(kwargs.get(name) is not None for name in OTHER_SEQUENCE)
+        record = module.__dict__.setdefault("_hybrid_probe", _Record([], hidden_states, False))
+        record.calls.append([])
+        record.hidden_states, record.other_sequence = hidden_states, record.other_sequence or other
 
-    handles = [module.register_forward_pre_hook(note_input, with_kwargs=True) for module in model.modules()]
+    def leave(module, args, output):
+        while running and running.pop() is not module:
+            pass
+
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
+    handles += [module.register_forward_hook(leave) for module in modules]
     try:
         for config in configs.values():
             config._attn_implementation_internal = PROBE
         model.eval()
-        yield
+        yield running
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
@@ -96,54 +188,213 @@ def _recording(model: nn.Module):
             handle.remove()
         for module, mode in training.items():
             module.training = mode
-            module.__dict__.pop("_hybrid_probe", None)
-            module.__dict__.pop("_hybrid_probe_input", None)
+        _forget_records(model)
 
 
-def probe_attention(
-    model: PreTrainedModel, example_inputs: dict | None = None
-) -> list[tuple[AttentionSite, tuple[str, ...]]]:
+def _forget_records(model: nn.Module) -> None:
+    for module in model.modules():
+        module.__dict__.pop("_hybrid_probe", None)
+
+
+def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) -> ProbedModel:
     """
-    Every attention site of `model` in the order of execution, with what a linear layer there would lose.
+    Every attention site of `model` in the model's order, with what a linear layer there would lose, and what is no site and why.
+
+    Towers that the forward does not reach (the vision encoder of a language model that was given text) are run by themselves.
 
     Args:
-        model (`PreTrainedModel`): Any model on a real device. It comes back unchanged.
-        example_inputs (`dict`, *optional*): Keyword arguments of one forward; defaults to a few token ids.
+        model (`PreTrainedModel`): Any model; without weights too (on the meta device). It comes back unchanged.
+        example_inputs (`dict`, *optional*): Keyword arguments of one forward; by default a few tokens, a picture or a sound, by the model's config.
 
     Raises:
-        UnsupportedModelError: If no module calls the attention interface, or the dry forward fails without `example_inputs`.
+        UnsupportedModelError: If there is no site, or no forward succeeds.
     """
+    inline: dict[str, None] = {}
+    records: dict[str, _Record] = {}
     description = f"{type(model).__name__} (model_type={model.config.model_type!r})"
-    if example_inputs is None:
-        example_inputs = {"input_ids": torch.arange(PROBE_LENGTH, device=model.device)[None] % 5, "use_cache": False}
-    found = []
-    with _recording(model), torch.no_grad():
-        try:
-            model(**example_inputs)
-        except TypeError as error:
+    with _recording(model) as running, torch.no_grad():
+        if example_inputs is None:
+            error, found = _first_success(model, dummy_inputs(model), running)
+        else:
+            error, found = _first_success(model, [{"use_cache": False, **example_inputs}, example_inputs], running)
+        if error is not None:
             raise UnsupportedModelError(
-                f"The dry forward of {description} failed: {error}. Pass example_inputs=… with the arguments its forward needs."
+                f"The dry forward of {description} failed: {type(error).__name__}: {error}. Pass example_inputs=… with the arguments its forward "
+                "needs."
             ) from error
-        for name, module in model.named_modules():
-            call = module.__dict__.get("_hybrid_probe")
-            if call is None:
-                continue
-            call.hidden_size = module.__dict__.get("_hybrid_probe_input")
-            # several calls per forward, or keys from another sequence (cross-attention): a linear layer would be another function
-            if call.count == 1 and call.query[2] == call.key[2] and call.hidden_size is not None:
-                site = AttentionSite(
-                    name=name,
-                    num_heads=call.query[1],
-                    num_key_value_heads=call.key[1],
-                    head_dim=call.query[-1],
-                    value_dim=call.value[-1],
-                    hidden_size=call.hidden_size,
-                    causal=call.causal,
-                )
-                found.append((site, call.lost))
-    if not found:
-        raise UnsupportedModelError(
-            f"{description} has no attention layer that hf_hybrid can replace: none of its modules attends from a sequence to itself "
-            "through transformers' AttentionInterface. Families that compute attention inline need a port."
-        )
+        inline.update(found)
+        records.update(_take_records(model))
+        for name, tower in _unreached_towers(model, records):
+            error, found = _first_success(tower, dummy_inputs(tower), running)
+            if error is None:
+                inline.update(found)
+                records.update({f"{name}.{inner}": record for inner, record in _take_records(tower).items()})
+            _forget_records(tower)
+    probed = _sort_out(model, records, tuple(inline))
+    if not probed.sites:
+        raise UnsupportedModelError(f"{description} has no attention layer that hf_hybrid can replace: {_why_none(probed)}")
+    return probed
+
+
+def _first_success(model, candidates, running) -> tuple[Exception | None, dict[str, None]]:
+    """Run the model on the first inputs it accepts. The error is that of the likeliest ones, the names are of inline softmaxes."""
+    first_error = None
+    for inputs in candidates:
+        _forget_records(model)
+        del running[:]
+        try:
+            with _InlineSoftmax(running) as inline:
+                model(**_without_cache(model, inputs))
+            return None, inline.found
+        except Exception as error:  # whatever the family raises for arguments it does not want
+            first_error = first_error or error
+    return first_error or ValueError("no arguments to try: its forward has none that we know"), {}
+
+
+def _without_cache(model, inputs: dict) -> dict:
+    accepts = "use_cache" in inspect.signature(model.forward).parameters
+    return {"use_cache": False, **inputs} if accepts else {k: v for k, v in inputs.items() if k != "use_cache"}
+
+
+def _take_records(model: nn.Module) -> dict[str, _Record]:
+    """Records of the modules that called the attention function, by path."""
+    found = {}
+    for name, module in model.named_modules():
+        record = module.__dict__.get("_hybrid_probe")
+        if record is not None and any(record.calls):
+            found[name] = record
     return found
+
+
+def _unreached_towers(model: nn.Module, records: dict[str, _Record]) -> list[tuple[str, PreTrainedModel]]:
+    """Outermost models inside `model` none of whose modules ran."""
+    towers: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        if not name or not isinstance(module, PreTrainedModel) or module.__dict__.get("_hybrid_probe") is not None:
+            continue
+        inside = f"{name}."
+        if any(part.__dict__.get("_hybrid_probe") is not None for part in module.modules()):
+            continue
+        if not any(inside.startswith(f"{outer}.") for outer, _ in towers):
+            towers.append((name, module))
+    return towers
+
+
+def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, ...]) -> ProbedModel:
+    order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    sharing = _names_that_share_keys(records)
+    cache_layers = _cache_layers(model)
+    sites, lost, excluded = [], {}, {}
+    for name, record in sorted(records.items(), key=lambda item: order[item[0]]):
+        calls = max(record.calls, key=len)
+        reason = _why_no_site(record, calls)
+        if reason is None and name in sharing:
+            reason = f"shares its keys and values with {sharing[name]}"
+        if reason is None and calls[0].causal:
+            reason = _why_not_cached(cache_layers, getattr(model.get_submodule(name), "layer_idx", None))
+        if reason is not None:
+            excluded[name] = reason
+            continue
+        call = calls[0]
+        sites.append(
+            AttentionSite(
+                name=name,
+                num_heads=call.query[1],
+                num_key_value_heads=call.key.shape[1],
+                head_dim=call.query[-1],
+                value_dim=call.value[-1],
+                hidden_size=record.hidden_states[-1],
+                causal=call.causal,
+                part=_part_of(model, name),
+            )
+        )
+        lost[name] = tuple(dict.fromkeys(what for call in calls for what in call.lost))
+    return ProbedModel(sites, lost, excluded, inline)
+
+
+def _why_no_site(record: _Record, calls: list[_Call]) -> str | None:
+    """Several calls per forward, or keys from elsewhere: a linear layer would be another function."""
+    if record.hidden_states is None:
+        return "is given no tensor"
+    if record.other_sequence:
+        return "attends to another sequence (cross-attention)"
+    if any(call.query[2] != call.key.shape[2] for call in calls):
+        return "attends to more or fewer tokens than it reads (cross-attention, or keys of several sequences merged)"
+    if len({(call.query[1], call.key.shape[1], call.query[-1], call.value[-1]) for call in calls}) > 1:
+        return f"calls attention {len(calls)} times per forward with different sizes"
+    if len(calls) > 1:
+        # windows or pictures of a packed input are attended to one by one, each token once
+        tokens = sum(call.query[0] * call.query[2] for call in calls)
+        if calls[0].causal or tokens != record.hidden_states[:-1].numel():
+            return f"calls attention {len(calls)} times per forward"
+    return None
+
+
+def _names_that_share_keys(records: dict[str, _Record]) -> dict[str, str]:
+    """Modules that attend to a key which another module attends to as well, and that module."""
+    owners: dict[tuple, str] = {}
+    sharing = {}
+    for name, record in records.items():
+        for call in (call for calls in record.calls for call in calls):
+            if call.key.device.type == "meta":
+                continue
+            key = (call.key.data_ptr(), call.key.shape)
+            owner = owners.setdefault(key, name)
+            if owner != name:
+                sharing[name], sharing[owner] = owner, name
+    return sharing
+
+
+def _cache_layers(model: nn.Module) -> list[CacheLayerMixin]:
+    """The layers of the cache that generation would make for this model; none if it makes none."""
+    try:
+        return DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    except Exception:  # a config without the fields a cache needs: a model that does not generate
+        return []
+
+
+def _why_not_cached(layers: list[CacheLayerMixin], layer_idx: int | None) -> str | None:
+    if layer_idx is None or layer_idx >= len(layers) or is_plain_cache_layer(layers[layer_idx]):
+        return None
+    name = type(layers[layer_idx]).__name__
+    if name == "DummyLayer":
+        return "reuses the keys and values of another layer"
+    return f"keeps more than keys and values in the cache ({name})"
+
+
+def _part_of(model: nn.Module, name: str) -> str:
+    """The part of the model a site belongs to: `encoder` or `decoder` of an encoder-decoder, else the modality of the tower around it."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        for part in ("encoder", "decoder"):
+            if part in name.split(".") or any(piece.endswith("_" + part) for piece in name.split(".")):
+                return part
+    pieces = name.split(".")
+    for end in range(len(pieces), 0, -1):
+        module = model.get_submodule(".".join(pieces[: end - 1]))
+        if isinstance(module, PreTrainedModel):
+            main = module.main_input_name if isinstance(module.main_input_name, str) else module.main_input_name[0]
+            for modality, beginnings in {"vision": ("pixel", "flattened_patches"), "audio": ("input_features", "input_values", "audio")}.items():
+                if main.startswith(beginnings):
+                    return modality
+            if module is not model or main == "input_ids":
+                return "text"
+    return "text"
+
+
+def _why_none(probed: ProbedModel) -> str:
+    """One sentence for a model without sites, and what to do."""
+    reasons: dict[str, str] = {}
+    for name, reason in probed.excluded.items():
+        reasons.setdefault(reason, name)
+    if reasons:
+        said = "; ".join(f"{name} {reason}" for reason, name in list(reasons.items())[:3])
+        return f"{said}. A linear layer there would be another function."
+    if probed.inline:
+        return (
+            f"{', '.join(probed.inline[:3])} computes attention inline and not through transformers' AttentionInterface. Such families need a port "
+            "(see hf_hybrid.ports)."
+        )
+    return "none of its modules computes attention. There is nothing to replace."
+
+
+__all__ = ["LOST", "ProbedModel", "probe_attention"]

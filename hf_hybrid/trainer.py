@@ -195,7 +195,20 @@ class HybridTrainer(Trainer):
             self.check_output_folder()
         if not resume_from_checkpoint and self._starting_students:
             self._calibrate()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._warn_of_unreached_sites()
+        return result
+
+    def _warn_of_unreached_sites(self):
+        model = self.accelerator.unwrap_model(self.model)
+        if self.state.global_step == 0 or not isinstance(model, DistillModelMixin):
+            return
+        unreached = [name for name, site in model.distill_sites.items() if not site.was_reached]
+        if unreached and len(unreached) < len(model.distill_sites):
+            logger.warning(
+                f"No batch reached {len(unreached)} of {len(model.distill_sites)} attention sites, the first {unreached[0]}: their students are as they "
+                "began. Train on data that uses them (pictures, sounds), or leave them out of `layers`."
+            )
 
     def _calibrate(self):
         """Starting values of the mixers from a few training rows, the same on every process: drawn by `seed`, or the first of an iterable dataset."""
@@ -240,7 +253,7 @@ class HybridTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not model.training:  # the task's own loss, `compute_loss_func` included
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        outputs = model(**inputs)
         losses = outputs["block_losses"]
         if not bool(torch.isfinite(losses).all()):
             bad = [name for name, loss in zip(self.distill_sites, losses.tolist(), strict=True) if not _finite(loss)]

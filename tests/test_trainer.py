@@ -89,14 +89,14 @@ def test_block_losses_give_each_other_no_gradient(recompute, tmp_path):
 
     for index, site in enumerate(sites):  # one block's loss alone
         model.zero_grad()
-        record = _LossRecord(None, recompute)
+        record = _LossRecord(recompute)
         for part in model.distill_sites.values():
             part.record = record
         with torch.enable_grad():
             model.eval()(input_ids=ids, use_cache=False)
         for part in model.distill_sites.values():
             part.record = None
-        record.losses[index].backward()
+        list(record.losses.values())[index][0].backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and parameter.grad.abs().sum() > 0:
                 assert name.startswith(site + "."), f"the loss of {site} reached {name}"
