@@ -13,6 +13,8 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -23,20 +25,32 @@ from .errors import UnsupportedModelError
 
 State = tuple[torch.Tensor, ...]
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+# Layers of hosts that run a recurrence of their own beside attention.
+SHARED_LAYERS = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+STATES_OF_LAYER = (
+    "conv_states", "recurrent_states", "conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state",
+)  # fmt: skip
 
 
 class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
-    """State of one linear-attention site in a dynamic cache. Tracks the number of tokens seen, so that masks and positions come out
-    right even where the first layer of the model is linear."""
+    """
+    State of one linear-attention site in a dynamic cache. Tracks the number of tokens seen, so that masks and positions come out right even
+    where the first layer of the model is linear.
+
+    Args:
+        host_states (`int`, *optional*, defaults to 0): Recurrent states that the host itself keeps in this layer, beside its attention (Falcon-H1's
+            Mamba heads). They come first; the mixer's follow.
+    """
 
     # A dynamic cache full of linear layers must not look like a static one: generate() would take the static-mask path.
     is_compileable = False
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, host_states: int = 0):
         CacheLayerMixin.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=0)
+        LinearAttentionLayer.__init__(self, number_of_states=host_states)
+        self.host_states = host_states
         self.cumulative_length: int | torch.Tensor = 0
         # Whether `update` returns keys as long as a softmax layer's would be, for hosts that measure them: the last entries are the new ones
         self.full_length_keys = False
@@ -53,6 +67,8 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.device is None:
             self.device, self.dtype = key_states.device, key_states.dtype
+        if self.keys is None:  # some hosts ask how many keys a layer holds
+            self.keys = self.values = key_states.new_empty(0)
         self.batch_size = key_states.shape[0]
         self.cumulative_length += key_states.shape[-2]
         return self._returned(key_states, value_states)
@@ -82,9 +98,13 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def read_state(self) -> State | None:
         """The mixer's state after the tokens seen so far, or `None` before the first."""
-        if not self.number_of_states or not all(self.has_previous_state.values()):
+        own = self._own_states()
+        if not own or not all(self.has_previous_state[i] for i in own):
             return None
-        return tuple(self.recurrent_states[i] for i in range(self.number_of_states))
+        return tuple(self.recurrent_states[i] for i in own)
+
+    def _own_states(self) -> range:
+        return range(self.host_states, self.number_of_states)
 
     def write_state(self, state: State, replay: Callable[[State | None, int], State], num_tokens: int) -> None:
         """Store the state after a call of `num_tokens` tokens; `replay(state_before, n)` recomputes it for the first n of them."""
@@ -95,19 +115,19 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def _set_state(self, state: State | None) -> None:
         if state is None:
-            self.has_previous_state = dict.fromkeys(range(self.number_of_states), False)
+            self.has_previous_state.update(dict.fromkeys(self._own_states(), False))
             return
-        if not self.number_of_states:
-            self.number_of_states = len(state)
+        if not self._own_states():
+            self.number_of_states += len(state)
             for per_state in (self.recurrent_states, self.conv_states, self.conv_kernel_size):
-                per_state.update(dict.fromkeys(range(len(state))))
+                per_state.update(dict.fromkeys(self._own_states()))
             for per_state in (
                 self.is_recurrent_states_initialized,
                 self.is_conv_states_initialized,
                 self.has_previous_state,
             ):
-                per_state.update(dict.fromkeys(range(len(state)), False))
-        for i, x in enumerate(state):
+                per_state.update(dict.fromkeys(self._own_states(), False))
+        for i, x in zip(self._own_states(), state, strict=True):
             if x is self.recurrent_states[i]:  # written in place
                 continue
             if torch.is_grad_enabled() and x.requires_grad:  # copying in place would overwrite what autograd saved
@@ -118,14 +138,14 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def state_bytes(self) -> int:
         """Bytes held for this layer, whatever the number of tokens."""
-        state = self.read_state() or ()
-        return sum(x.numel() * x.element_size() for x in state)
+        held = [*self.recurrent_states.values(), *self.conv_states.values()]
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
 
     # -- assisted decoding: put the state back as it was before rejected tokens
 
     @property
     def is_croppable(self):
-        return self.record_past or self.read_state() is None
+        return not self.host_states and (self.record_past or self.read_state() is None)
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove > 0:
@@ -133,6 +153,8 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
                 "Linear-attention layers can only be cropped by a negative number: the tokens to remove."
             )
         left = -tokens_to_remove
+        if left and self.host_states:
+            raise RuntimeError("The host's own recurrent states in this layer cannot be put back: decode without an assistant.")
         if left and not self.record_past:
             raise RuntimeError(
                 "`crop` needs the past states: call `activate_past_recording` before the tokens to remove."
@@ -170,6 +192,8 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
         for i in range(self.number_of_states):
             if self.is_recurrent_states_initialized[i]:
                 self.recurrent_states[i] = function(self.recurrent_states[i])
+            if self.is_conv_states_initialized[i]:
+                self.conv_states[i] = function(self.conv_states[i])
 
     def offload(self):
         """Nothing to move: the state is small and does not grow."""
@@ -256,6 +280,13 @@ def linear_cache_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> Hy
             f"The cache holds softmax keys and values for layer {layer_idx}, which is linear attention. "
             "Start from an empty cache, or from one this hybrid model filled."
         )
+    if type(current) in SHARED_LAYERS:
+        layer = HybridLinearLayer(host_states=current.number_of_states)
+        for name in STATES_OF_LAYER:  # the host may have written its own before its attention runs
+            getattr(layer, name).update(getattr(current, name))
+        layer.device, layer.dtype = current.device, current.dtype
+        cache.layers[layer_idx] = layer
+        return layer
     recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
     layer = StaticHybridLinearLayer(current) if hasattr(current, "max_cache_len") else HybridLinearLayer()
     layer.record_past = recording
@@ -264,8 +295,9 @@ def linear_cache_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> Hy
 
 
 def is_plain_cache_layer(layer: CacheLayerMixin) -> bool:
-    """Whether a cache layer holds the keys and values of one softmax and nothing else (no indexer, no compressed blocks)."""
-    return type(layer) in PLAIN_LAYERS
+    """Whether a cache layer holds the keys and values of one softmax, and at most recurrent states of the host beside them: no indexer, no
+    compressed blocks."""
+    return type(layer) in (*PLAIN_LAYERS, *SHARED_LAYERS)
 
 
 def cache_bytes(cache: Cache | EncoderDecoderCache) -> int:

@@ -78,6 +78,7 @@ class _LossRecord:
 
     def __init__(self, recompute: bool, window_dropout: float = 0.0):
         self.recompute, self.window_dropout = recompute, window_dropout
+        self.learns = torch.is_grad_enabled()  # some hosts run a part of themselves without gradients: its students learn all the same
         self.losses: dict[DistillSite, list[torch.Tensor]] = {}
 
     def add(self, site: DistillSite, teacher_output, args, kwargs):
@@ -99,11 +100,12 @@ class _LossRecord:
             valid = site.student.last_valid
             return normalized_mse(output, teacher_output, valid if _fits(valid, output) else None)
 
-        # recomputed in backward by default: half a MiB per layer is kept instead of every chunk's scores
-        if self.recompute and torch.is_grad_enabled():  # a checkpoint whose backward never comes is never freed
-            loss = checkpoint(local_loss, *args, use_reentrant=False, preserve_rng_state=False)
-        else:
-            loss = local_loss(*args)
+        with torch.set_grad_enabled(self.learns):
+            # recomputed in backward by default: half a MiB per layer is kept instead of every chunk's scores
+            if self.recompute and self.learns:  # a checkpoint whose backward never comes is never freed
+                loss = checkpoint(local_loss, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                loss = local_loss(*args)
         self.losses.setdefault(site, []).append(loss)
         site.was_reached = True
 

@@ -7,6 +7,7 @@ input), attending from a sequence to itself; heads, sizes and causality are read
 import contextlib
 import dataclasses
 import inspect
+import itertools
 
 import torch
 from torch import nn
@@ -33,6 +34,10 @@ LOST = {
 }
 LOST_BIAS = "the bias that its mask adds to attention scores"
 LOST_MASK = "the mask between its tokens (windows or blocks)"
+# Families whose attention is read by something else than itself, which no forward shows.
+REFUSED = {
+    "pi0": "fills a cache with keys and values that the action expert attends to",
+}
 # Names under which attention modules are handed another sequence to attend to.
 OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 
@@ -62,6 +67,7 @@ class _Call:
     query: torch.Size
     key: torch.Tensor  # kept alive: two modules that attend to one key share it
     value: torch.Size
+    layer_idx: int | None  # the cache slot, where the module is told it
     causal: bool
     lost: tuple[str, ...]
 
@@ -71,8 +77,9 @@ class _Record:
     """Forwards of one attention module."""
 
     calls: list[list[_Call]]  # of each forward
-    hidden_states: torch.Size | None  # the first tensor it is given
-    other_sequence: bool
+    hidden_states: torch.Size | None = None  # the first tensor it is given
+    layer_idx: int | None = None  # of the latest forward, if that is an argument
+    other_sequence: bool = False
 
 
 def _record(module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None, **kwargs):
@@ -83,7 +90,8 @@ def _record(module, query, key, value, attention_mask, scaling=None, dropout=0.0
         lost += _lost_with_mask(attention_mask, causal)
     record = module.__dict__.get("_hybrid_probe")
     if record is not None and record.calls:
-        record.calls[-1].append(_Call(query.shape, key, value.shape, causal, tuple(dict.fromkeys(lost))))
+        call = _Call(query.shape, key, value.shape, record.layer_idx, causal, tuple(dict.fromkeys(lost)))
+        record.calls[-1].append(call)
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
@@ -96,9 +104,12 @@ def _is_causal(mask, keyword, attribute) -> bool:
     if torch.is_tensor(mask) and mask.ndim == 4 and mask.device.type != "meta":
         if mask.shape[-2] == 1:
             return False
-        seen = _seen(mask)
-        side = min(seen.shape[-2:])
-        return not bool(seen[..., :side, :side].triu(1).any())
+        side = min(mask.shape[-2:])
+        seen = _seen(mask)[..., :side, :side]
+        if bool(seen.triu(1).any()):
+            return False
+        if bool(seen.tril(-1).any()):
+            return True  # else nobody sees anybody, which says nothing
     if keyword is not None:
         return bool(keyword)
     return True if attribute is None else bool(attribute)
@@ -165,10 +176,10 @@ def _recording(model: nn.Module):
         running.append(module)
         given = [kwargs.get("hidden_states"), *args, *kwargs.values()]
         hidden_states = next((value.shape for value in given if torch.is_tensor(value)), None)
-        other = any(kwargs.get(name) is not None for name in OTHER_SEQUENCE)
-        record = module.__dict__.setdefault("_hybrid_probe", _Record([], hidden_states, False))
+        record = module.__dict__.setdefault("_hybrid_probe", _Record([]))
         record.calls.append([])
-        record.hidden_states, record.other_sequence = hidden_states, record.other_sequence or other
+        record.hidden_states, record.layer_idx = hidden_states, kwargs.get("layer_idx")
+        record.other_sequence |= any(kwargs.get(name) is not None for name in OTHER_SEQUENCE)
 
     def leave(module, args, output):
         while running and running.pop() is not module:
@@ -212,11 +223,17 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
     inline: dict[str, None] = {}
     records: dict[str, _Record] = {}
     description = f"{type(model).__name__} (model_type={model.config.model_type!r})"
+    if type(model).forward is nn.Module.forward:
+        parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
+        raise UnsupportedModelError(
+            f"{description} has no forward of its own, only what it builds on its parts. Convert those that attend: {', '.join(parts) or 'none'}."
+        )
     with _recording(model) as running, torch.no_grad():
         if example_inputs is None:
-            error, found = _first_success(model, dummy_inputs(model), running)
+            # some want more than one row
+            error, found = _first_success(model, itertools.chain(dummy_inputs(model), dummy_inputs(model, 2)), running)
         else:
-            error, found = _first_success(model, [{"use_cache": False, **example_inputs}, example_inputs], running)
+            error, found = _first_success(model, [example_inputs], running)
         if error is not None:
             raise UnsupportedModelError(
                 f"The dry forward of {description} failed: {type(error).__name__}: {error}. Pass example_inputs=… with the arguments its forward "
@@ -224,8 +241,10 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
             ) from error
         inline.update(found)
         records.update(_take_records(model))
+        if example_inputs is None:
+            _mark_changing_lengths(model, records, running)
         for name, tower in _unreached_towers(model, records):
-            error, found = _first_success(tower, dummy_inputs(tower), running)
+            error, found = _first_success(tower, itertools.chain(dummy_inputs(tower), dummy_inputs(tower, 2)), running)
             if error is None:
                 inline.update(found)
                 records.update({f"{name}.{inner}": record for inner, record in _take_records(tower).items()})
@@ -249,6 +268,16 @@ def _first_success(model, candidates, running) -> tuple[Exception | None, dict[s
         except Exception as error:  # whatever the family raises for arguments it does not want
             first_error = first_error or error
     return first_error or ValueError("no arguments to try: its forward has none that we know"), {}
+
+
+def _mark_changing_lengths(model, records: dict[str, _Record], running) -> None:
+    """Once more with longer text: keys that are as many as the queries by chance alone are not the second time."""
+    error, _ = _first_success(model, itertools.chain(dummy_inputs(model, 1, 13), dummy_inputs(model, 2, 13)), running)
+    if error is not None:
+        return
+    for name, again in _take_records(model).items():
+        if name in records and any(call.query[2] != call.key.shape[2] for calls in again.calls for call in calls):
+            records[name].other_sequence = True
 
 
 def _without_cache(model, inputs: dict) -> dict:
@@ -287,11 +316,15 @@ def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, 
     sites, lost, excluded = [], {}, {}
     for name, record in sorted(records.items(), key=lambda item: order[item[0]]):
         calls = max(record.calls, key=len)
+        layer_idx = getattr(model.get_submodule(name), "layer_idx", None)
         reason = _why_no_site(record, calls)
         if reason is None and name in sharing:
             reason = f"shares its keys and values with {sharing[name]}"
         if reason is None and calls[0].causal:
-            reason = _why_not_cached(cache_layers, getattr(model.get_submodule(name), "layer_idx", None))
+            layer_idx = layer_idx if calls[0].layer_idx is None else calls[0].layer_idx
+            reason = _why_not_cached(cache_layers, layer_idx) or _why_one_state_is_too_few(record, layer_idx)
+        if reason is None:
+            reason = REFUSED.get(model.config.model_type)
         if reason is not None:
             excluded[name] = reason
             continue
@@ -318,16 +351,26 @@ def _why_no_site(record: _Record, calls: list[_Call]) -> str | None:
         return "is given no tensor"
     if record.other_sequence:
         return "attends to another sequence (cross-attention)"
-    if any(call.query[2] != call.key.shape[2] for call in calls):
+    if any(call.query[2] != call.key.shape[2] for forward in record.calls for call in forward):
         return "attends to more or fewer tokens than it reads (cross-attention, or keys of several sequences merged)"
     if len({(call.query[1], call.key.shape[1], call.query[-1], call.value[-1]) for call in calls}) > 1:
         return f"calls attention {len(calls)} times per forward with different sizes"
+    if calls[0].key.shape[1] != calls[0].value[1]:
+        return f"has {calls[0].key.shape[1]} key heads and {calls[0].value[1]} value heads"
     if len(calls) > 1:
         # windows or pictures of a packed input are attended to one by one, each token once
         tokens = sum(call.query[0] * call.query[2] for call in calls)
         if calls[0].causal or tokens != record.hidden_states[:-1].numel():
             return f"calls attention {len(calls)} times per forward"
     return None
+
+
+def _why_one_state_is_too_few(record: _Record, layer_idx: int | None) -> str | None:
+    """A module that runs several times per forward of the model, each time into another slot of the cache that we are not told."""
+    slots = [calls[0].layer_idx for calls in record.calls if calls]
+    if layer_idx is None or len(slots) == 1 or None not in slots:
+        return None
+    return f"runs {len(slots)} times per forward of the model, but has one cache slot and so one state"
 
 
 def _names_that_share_keys(records: dict[str, _Record]) -> dict[str, str]:
