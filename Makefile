@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test test-fast test-fla quality style docs bench clean
+.PHONY: demo demo-quick test test-fast test-all test-fla quality style docs bench clean
 
 $(INSTALLED): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,10 +21,14 @@ demo-quick: $(INSTALLED)
 	$(BIN)/hf-hybrid demo --quick --resume --output_dir smollm2-sentiment-hybrid-quick
 
 test: $(INSTALLED) quality
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not sweep"
 
 test-fast: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not sweep"
+
+# also every contract on a toy model of every model type of transformers (five minutes more)
+test-all: $(INSTALLED) quality
+	$(BIN)/python -m pytest -n 2
 
 # every op that maps to a flash-linear-attention kernel, on a CPU through Triton's interpreter; in an environment of its own (2 GB)
 test-fla:
@@ -54,6 +58,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/mixers.py --output benchmarks/results/mixers.json
 	$(BIN)/python benchmarks/ops.py --json benchmarks/results/ops.json
 	$(BIN)/python benchmarks/cards.py
+	$(BIN)/python benchmarks/backbones.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -6,6 +6,7 @@ queries, keys and values (projections, norms, rotary embedding) and calls the fu
 """
 
 import copy
+import functools
 import importlib
 import inspect
 import sys
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache import linear_cache_layer
 from .errors import CheckpointError, UnsupportedModelError
 from .mixers import LinearMixer
+from .ports import find_port
 
 
 IMPLEMENTATION = "hf_hybrid"
@@ -44,6 +46,9 @@ class HybridAttentionMixin:
     def forward(self, *args, **kwargs):
         if not self.hybrid_swapped:
             return super().forward(*args, **kwargs)
+        # a family that calls the interface runs its own code; for one that does not, its port stands in
+        port = self._hybrid_port
+        host_forward = super().forward if port is None else functools.partial(port, hybrid_attention_forward, self)
         positions = self._hybrid_positions
 
         def argument(name):
@@ -68,7 +73,7 @@ class HybridAttentionMixin:
             context["layer"], context["offset"] = layer, offset.clone() if torch.is_tensor(offset) else offset
         self._hybrid_context = context
         try:
-            return super().forward(*args, **kwargs)
+            return host_forward(*args, **kwargs)
         finally:
             self._hybrid_context = None
 
@@ -239,6 +244,7 @@ def hybrid_attention_class(base: type) -> type:
         namespace = {
             "_hybrid_positions": {name: index for index, name in enumerate(parameters)},
             "_hybrid_context": None,
+            "_hybrid_port": None if find_port(base) is None else staticmethod(find_port(base)),
             "__module__": dynamic.__name__,
             "__qualname__": qualname,
         }
@@ -255,13 +261,13 @@ def attention_class_from_qualname(qualname: str) -> type:
 
 def convert_attention_(module: nn.Module, mixer: LinearMixer) -> None:
     """Put `mixer` beside the attention of `module`, in place, and make it active."""
-    host_config = module.config
-    config = copy.copy(host_config)  # per-layer config: only the dispatch key differs
-    config._attn_implementation_internal = IMPLEMENTATION
-    base = type(module)
-    module.__class__ = hybrid_attention_class(base)
-    module.config = config
-    module._hybrid_host_config = host_config
+    host_config = getattr(module, "config", None)
+    module.__class__ = hybrid_attention_class(type(module))
+    if host_config is not None:  # ported families look nothing up in it, and some do not have it
+        module.config = copy.copy(host_config)  # per-layer config: only the dispatch key differs
+        if module._hybrid_port is None:
+            module.config._attn_implementation_internal = IMPLEMENTATION
+        module._hybrid_host_config = host_config
     module.hybrid = mixer
     module.hybrid_swapped = True
     _rebind_wrapped_forward(module)
@@ -271,7 +277,8 @@ def restore_attention_(module: nn.Module) -> None:
     """Take the mixer away again, in place: class, config and parameters are the host's own."""
     host_class = next(cls for cls in type(module).__mro__[1:] if cls is not HybridAttentionMixin)
     module.__class__ = host_class
-    module.config = module.__dict__.pop("_hybrid_host_config")
+    if "_hybrid_host_config" in module.__dict__:
+        module.config = module.__dict__.pop("_hybrid_host_config")
     del module.hybrid
     module.__dict__.pop("hybrid_swapped", None)
     for attribute in ("_hybrid_context", "last_valid"):

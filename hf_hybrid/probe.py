@@ -6,6 +6,7 @@ input), attending from a sequence to itself; heads, sizes and causality are read
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 
@@ -21,6 +22,7 @@ from .cache import is_plain_cache_layer
 from .configuration_hybrid import AttentionSite
 from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedModelError
+from .ports import find_port
 
 
 PROBE = "hf_hybrid_probe"
@@ -31,12 +33,20 @@ LOST = {
     "s_aux": "the learned attention sinks",
     "sinks": "the learned attention sinks",
     "softcap": "the soft-cap on attention scores",
+    "alibi": "the ALiBi position bias",
+    "rel_embeddings": "the disentangled relative positions",
 }
 LOST_BIAS = "the bias that its mask adds to attention scores"
 LOST_MASK = "the mask between its tokens (windows or blocks)"
 # Families whose attention is read by something else than itself, which no forward shows.
 REFUSED = {
+    "diffusion_gemma": "fills a cache with keys and values that another pass over its layers attends to",
     "pi0": "fills a cache with keys and values that the action expert attends to",
+    "jev": "is loaded by a from_pretrained of its own, which does not say what it loaded",
+    **dict.fromkeys(
+        ("sam2_video", "sam3_video", "sam3_tracker_video", "edgetam_video"),
+        "tracks objects in a session that every forward changes, so that it cannot be distilled (its image model can)",
+    ),
 }
 # Names under which attention modules are handed another sequence to attend to.
 OTHER_SEQUENCE = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
@@ -187,14 +197,19 @@ def _recording(model: nn.Module):
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     handles += [module.register_forward_hook(leave) for module in modules]
+    ported = [(module, port) for module in modules if (port := find_port(type(module))) is not None]
     try:
         for config in configs.values():
             config._attn_implementation_internal = PROBE
+        for module, port in ported:
+            module.forward = functools.partial(port, _record, module)
         model.eval()
         yield running
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
+        for module, _ in ported:
+            module.__dict__.pop("forward", None)
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
@@ -434,10 +449,10 @@ def _why_none(probed: ProbedModel) -> str:
         return f"{said}. A linear layer there would be another function."
     if probed.inline:
         return (
-            f"{', '.join(probed.inline[:3])} computes attention inline and not through transformers' AttentionInterface. Such families need a port "
+            f"{', '.join(probed.inline[:3])} compute{'s' * (len(probed.inline) == 1)} attention inline and not through transformers' AttentionInterface. Such families need a port "
             "(see hf_hybrid.ports)."
         )
-    return "none of its modules computes attention. There is nothing to replace."
+    return "none of its modules computes attention that it could find. There is nothing to replace."
 
 
 __all__ = ["LOST", "ProbedModel", "probe_attention"]
