@@ -48,7 +48,11 @@ def run(processes: int) -> dict:
             rows.append(row)
             print(f"\r{len(rows)} of {len(todo)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return {"date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
 
 
@@ -60,7 +64,9 @@ def page(results: dict) -> str:
     for row in results["rows"]:
         by_type[row["model_type"]].append(row)
     count = collections.Counter(word_of(rows) for rows in by_type.values())
-    contracts = ", ".join(f"*{name}* ({contract.__doc__.split(chr(10))[0].rstrip('.').lower()})" for name, contract in CONTRACTS.items())
+    contracts = ", ".join(
+        f"*{name}* ({contract.__doc__.split(chr(10))[0].rstrip('.').lower()})" for name, contract in CONTRACTS.items()
+    )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines = [
         "# Backbones",

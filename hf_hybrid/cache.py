@@ -154,7 +154,9 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
             )
         left = -tokens_to_remove
         if left and self.host_states:
-            raise RuntimeError("The host's own recurrent states in this layer cannot be put back: decode without an assistant.")
+            raise RuntimeError(
+                "The host's own recurrent states in this layer cannot be put back: decode without an assistant."
+            )
         if left and not self.record_past:
             raise RuntimeError(
                 "`crop` needs the past states: call `activate_past_recording` before the tokens to remove."

@@ -54,7 +54,11 @@ class AttentionSite:
 
     def sizes(self) -> dict[str, Any]:
         """The arguments of a mixer's constructor that follow from the model: what a checkpoint stores beside the name."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare and field.name != "name"}
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.compare and field.name != "name"
+        }
 
 
 def hybrid_section(

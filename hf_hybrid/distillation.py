@@ -78,7 +78,9 @@ class _LossRecord:
 
     def __init__(self, recompute: bool, window_dropout: float = 0.0):
         self.recompute, self.window_dropout = recompute, window_dropout
-        self.learns = torch.is_grad_enabled()  # some hosts run a part of themselves without gradients: its students learn all the same
+        self.learns = (
+            torch.is_grad_enabled()
+        )  # some hosts run a part of themselves without gradients: its students learn all the same
         self.losses: dict[DistillSite, list[torch.Tensor]] = {}
 
     def add(self, site: DistillSite, teacher_output, args, kwargs):

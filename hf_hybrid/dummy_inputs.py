@@ -91,7 +91,16 @@ class _Builder:
 
     MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "input_values", "audio_values")
     # what a model needs beside its main input to know how that is laid out
-    COMPANIONS = ("grid_thw", "merge_sizes", "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "pixel_mask", "image_sizes", "bbox")
+    COMPANIONS = (
+        "grid_thw",
+        "merge_sizes",
+        "image_grid_thw",
+        "spatial_shapes",
+        "pixel_attention_mask",
+        "pixel_mask",
+        "image_sizes",
+        "bbox",
+    )
 
     def __init__(self, model, batch_size: int, length: int):
         self.model, self.config = model, model.config
@@ -164,7 +173,11 @@ class _Builder:
         return [torch.tensor([[1, side, side]] * self.batch, device=self.device)]
 
     def merge_sizes(self):
-        return [torch.full((self.batch,), _pair(_find(self.config, "spatial_merge_size", default=2))[0], device=self.device)]
+        return [
+            torch.full(
+                (self.batch,), _pair(_find(self.config, "spatial_merge_size", default=2))[0], device=self.device
+            )
+        ]
 
     def spatial_shapes(self):
         side = self.grid_side()
@@ -195,7 +208,9 @@ class _Builder:
 
     def frames(self) -> int:
         positions = _find(self.config, "max_source_positions")
-        fixed = _find(self.config, "max_length") if hasattr(self.config, "time_stride") else None  # spectrogram transformer
+        fixed = (
+            _find(self.config, "max_length") if hasattr(self.config, "time_stride") else None
+        )  # spectrogram transformer
         if fixed is not None:
             return int(fixed)
         return 2 * int(positions) if positions is not None and int(positions) <= 4096 else FRAMES

@@ -311,6 +311,17 @@ class HybridModelMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As in transformers, but strict: a hybrid checkpoint that lacks or has extra weights is an error, not a warning."""
         wants_info = kwargs.pop("output_loading_info", False)
+        distributed = kwargs.get("distributed_config")
+        if (
+            kwargs.get("tp_plan") is not None
+            or kwargs.get("tp_size") is not None
+            or getattr(distributed, "tp_plan", None)
+            or getattr(distributed, "tp_size", None)
+        ):
+            raise UnsupportedModelError(
+                f"{cls.__name__}: mixers have parameters per head, for which the family's tensor-parallel plan has no entries. Load it without tp_plan "
+                "and tp_size; data parallelism and FSDP work."
+            )
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs

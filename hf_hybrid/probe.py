@@ -266,7 +266,9 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
             _forget_records(tower)
     probed = _sort_out(model, records, tuple(inline))
     if not probed.sites:
-        raise UnsupportedModelError(f"{description} has no attention layer that hf_hybrid can replace: {_why_none(probed)}")
+        raise UnsupportedModelError(
+            f"{description} has no attention layer that hf_hybrid can replace: {_why_none(probed)}"
+        )
     return probed
 
 
@@ -431,7 +433,10 @@ def _part_of(model: nn.Module, name: str) -> str:
         module = model.get_submodule(".".join(pieces[: end - 1]))
         if isinstance(module, PreTrainedModel):
             main = module.main_input_name if isinstance(module.main_input_name, str) else module.main_input_name[0]
-            for modality, beginnings in {"vision": ("pixel", "flattened_patches"), "audio": ("input_features", "input_values", "audio")}.items():
+            for modality, beginnings in {
+                "vision": ("pixel", "flattened_patches"),
+                "audio": ("input_features", "input_values", "audio"),
+            }.items():
                 if main.startswith(beginnings):
                     return modality
             if module is not model or main == "input_ids":

@@ -12,7 +12,9 @@ def forward(
             "DeBERTa with talking_head=True mixes the scores of its heads, which linear attention does not have. Use a checkpoint without."
         )
     if query_states is not None:
-        raise UnsupportedModelError("DeBERTa: linear layers take queries from the layer's own input; got query_states.")
+        raise UnsupportedModelError(
+            "DeBERTa: linear layers take queries from the layer's own input; got query_states."
+        )
     query, key, value = module.transpose_for_scores(module.in_proj(hidden_states)).chunk(3, dim=-1)
     query = query + module.transpose_for_scores(module.q_bias[None, None, :])
     value = value + module.transpose_for_scores(module.v_bias[None, None, :])

@@ -8,7 +8,8 @@ def forward(
     shape = (*hidden_states.shape[:-1], module.num_attention_heads, -1)
     query = module.query_proj(hidden_states if query_states is None else query_states)
     query, key, value = (
-        x.view(shape).transpose(1, 2) for x in (query, module.key_proj(hidden_states), module.value_proj(hidden_states))
+        x.view(shape).transpose(1, 2)
+        for x in (query, module.key_proj(hidden_states), module.value_proj(hidden_states))
     )
     terms = 1 + len({"c2p", "p2c"} & set(module.pos_att_type))
     output, _ = attention(

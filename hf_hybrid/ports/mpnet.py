@@ -1,7 +1,9 @@
 """MPNet: BERT with a relative position bias that all layers share."""
 
 
-def forward(attention, module, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs):
+def forward(
+    attention, module, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **kwargs
+):
     shape = (*hidden_states.shape[:-1], -1, module.attention_head_size)
     query, key, value = (
         projection(hidden_states).view(shape).transpose(1, 2) for projection in (module.q, module.k, module.v)

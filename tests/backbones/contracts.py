@@ -50,7 +50,9 @@ class Row:
     sites: int = 0
     excluded: dict[str, str] = dataclasses.field(default_factory=dict)
     lost: tuple[str, ...] = ()
-    contracts: dict[str, str] = dataclasses.field(default_factory=dict)  # name: "ok", "-" (does not apply) or what went wrong
+    contracts: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # name: "ok", "-" (does not apply) or what went wrong
 
 
 class Backbone:
@@ -247,7 +249,11 @@ def distillation(backbone: Backbone) -> None:
         for site in reached:
             for name, parameter in site.student.hybrid.named_parameters():
                 assert parameter.grad is not None and parameter.grad.isfinite().all(), f"no gradient for {name}"
-        frozen = [name for name, parameter in model.named_parameters() if ".hybrid." not in name and parameter.grad is not None]
+        frozen = [
+            name
+            for name, parameter in model.named_parameters()
+            if ".hybrid." not in name and parameter.grad is not None
+        ]
         assert not frozen, f"gradients for frozen weights: {frozen[0]}"
     finally:
         discard_students_(model)
@@ -264,7 +270,9 @@ def forward_and_backward(backbone: Backbone) -> None:
     assert bool((output.isfinite() == expected.isfinite()).all()), "not finite where the host is"
     got = gradients(backbone)
     for name, module in model.named_modules():
-        if is_hybrid_attention(module) and any(parameter.startswith(f"{name}.") for parameter in backbone.host["gradients"] or ()):
+        if is_hybrid_attention(module) and any(
+            parameter.startswith(f"{name}.") for parameter in backbone.host["gradients"] or ()
+        ):
             missing = {f"{name}.hybrid.{parameter}" for parameter, _ in module.hybrid.named_parameters()} - got
             assert not missing, f"no gradient for {min(missing)}"
 
@@ -272,7 +280,9 @@ def forward_and_backward(backbone: Backbone) -> None:
 def softmax_inside(backbone: Backbone) -> None:
     """With the host's softmax inside, the interception changes nothing."""
     with backbone.softmax():
-        assert (error := relative_error(whole_output(backbone), backbone.host["output"])) <= EXACT, f"off by {error:.1e}"
+        assert (error := relative_error(whole_output(backbone), backbone.host["output"])) <= EXACT, (
+            f"off by {error:.1e}"
+        )
         if backbone.host["generated"] is not None:
             assert torch.equal(generated(backbone), backbone.host["generated"]), "generation differs"
 
@@ -406,7 +416,10 @@ def check(task: str, model_type: str) -> Row:
         if not any(reached(backbone, site.name) for site in probed.sites):
             # what the toy inputs run keeps its softmax: nothing here would be tested
             reasons = "; ".join(dict.fromkeys(probed.excluded.values()))
-            row.word, row.why = "refused", f"its text layers: {reasons}. Only {probed.sites[0].name} and its like can be converted."
+            row.word, row.why = (
+                "refused",
+                f"its text layers: {reasons}. Only {probed.sites[0].name} and its like can be converted.",
+            )
             return row
         for name, contract in DISTILLATION.items():
             row.contracts[name] = _verdict(contract, backbone)

@@ -472,13 +472,23 @@ OVERRIDES: dict[str, dict] = {
 }
 # fmt: on
 # Fields that some classes check against each other: left out together, in this order, until the config is accepted.
-RELAXED = ((), ("head_dim",), ("mlp_ratio",), ("num_key_value_heads",), ("head_dim", "num_key_value_heads"), ("mlp_ratio", "head_dim"))
+RELAXED = (
+    (),
+    ("head_dim",),
+    ("mlp_ratio",),
+    ("num_key_value_heads",),
+    ("head_dim", "num_key_value_heads"),
+    ("mlp_ratio", "head_dim"),
+)
 
 
 # In this composite, parts that are configs of whole models must agree on one more size than elsewhere.
 SAM3_WIDE = {
     "vision_config.fpn_hidden_size": 128,
-    **{f"{part}_config.hidden_size": 128 for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")},
+    **{
+        f"{part}_config.hidden_size": 128
+        for part in ("geometry_encoder", "detr_encoder", "detr_decoder", "mask_decoder")
+    },
 }
 
 

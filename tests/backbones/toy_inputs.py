@@ -107,9 +107,14 @@ def gemma4_assistant(width):
 
 def video_session(session_class, size, objects, **kwargs):
     """A tracking session of two frames, with a point on each object in the first."""
-    session = session_class(video=noise(2, 3, size, size), video_height=size, video_width=size, dtype=torch.float32, **kwargs)
+    session = session_class(
+        video=noise(2, 3, size, size), video_height=size, video_width=size, dtype=torch.float32, **kwargs
+    )
     for number in range(objects):
-        point = {"point_coords": torch.tensor([[[[4.0 + 8 * number, 6.0]]]]), "point_labels": torch.ones(1, 1, 1, dtype=torch.int32)}
+        point = {
+            "point_coords": torch.tensor([[[[4.0 + 8 * number, 6.0]]]]),
+            "point_labels": torch.ones(1, 1, 1, dtype=torch.int32),
+        }
         session.add_point_inputs(session.obj_id_to_idx(number + 1), 0, point)
         session.obj_with_new_inputs.append(number + 1)
     return session
@@ -126,7 +131,9 @@ def second_frame(model, session):
 def edgetam_video(model, batch, length):
     from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVideoInferenceSession
 
-    return second_frame(model, video_session(EdgeTamVideoInferenceSession, 64, batch, max_vision_features_cache_size=1))
+    return second_frame(
+        model, video_session(EdgeTamVideoInferenceSession, 64, batch, max_vision_features_cache_size=1)
+    )
 
 
 def sam2_video(model, batch, length):
@@ -138,7 +145,9 @@ def sam2_video(model, batch, length):
 def sam3_tracker_video(model, batch, length):
     from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
-    return second_frame(model, video_session(Sam3TrackerVideoInferenceSession, 32, batch, max_vision_features_cache_size=1))
+    return second_frame(
+        model, video_session(Sam3TrackerVideoInferenceSession, 32, batch, max_vision_features_cache_size=1)
+    )
 
 
 def sam3_video(model, batch, length):
