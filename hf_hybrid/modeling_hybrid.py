@@ -15,6 +15,8 @@ from collections.abc import Collection
 
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import PrefixedDataset
 from huggingface_hub import file_exists
 from safetensors import SafetensorError
 from torch import nn
@@ -355,6 +357,7 @@ class HybridModelMixin:
                     f"The checkpoint {pretrained_model_name_or_path!r} does not fit its config: {len(keys)} weights are {what}, the first "
                     f"{keys[0]!r}. It was truncated or edited; save or download it again."
                 )
+        _load_offloaded_mixers_whole(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
@@ -425,6 +428,32 @@ class HybridModelMixin:
 
     def _get_name(self):  # the Trainer looks this name up in transformers' tables (label smoothing)
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))
+
+
+def _load_offloaded_mixers_whole(model: PreTrainedModel) -> None:
+    """
+    Offloaded weights come back when the module that holds them is called. A mixer reads those of its feature maps and gates without calling them:
+    its own hook fetches them all.
+    """
+    for mixer in (module for module in model.modules() if isinstance(module, LinearMixer)):
+        hooks = {name: getattr(part, "_hf_hook", None) for name, part in mixer.named_modules()}
+        offloaded = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
+        if not offloaded:
+            continue
+        name, hook = next(iter(offloaded.items()))
+        # the weights' names begin with the path of the module that holds them
+        prefix = hook.weights_map.prefix.removesuffix(f"{name}." if name else "")
+        for part in offloaded:
+            remove_hook_from_module(mixer.get_submodule(part))
+        whole = AlignDevicesHook(
+            execution_device=hook.execution_device,
+            offload=True,
+            weights_map=PrefixedDataset(hook.weights_map.dataset, prefix),
+            offload_buffers=hook.offload_buffers,
+            place_submodules=True,
+            tied_params_map=hook.tied_params_map,
+        )
+        add_hook_to_module(mixer, whole)
 
 
 _MODEL_CLASSES: dict[tuple[type, type], type] = {}
