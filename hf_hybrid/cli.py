@@ -3,25 +3,28 @@
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging
 
+from . import dynamic
 from .ablation import ablate, state_share
 from .bank import load_mixer_bank
-from .cache import cache_bytes
 from .callbacks import GreedyLayerSwapCallback
 from .configuration_hybrid import check_selection
 from .distillation import finalize_, swap_layers_
-from .errors import DatasetError, HybridConfigError, HybridError, OutputFolderError
-from .mixers import MixerConfig, resolve_mixer_config
-from .modeling_hybrid import HybridModelMixin, convert_to_hybrid, describe, find_attention_sites, new_mixer
+from .errors import DatasetError, HybridConfigError, HybridError, OutputFolderError, UnsupportedModelError
+from .mixers import MixerConfig, build_mixer, resolve_mixer_config
+from .modeling_hybrid import AUTO_CLASSES, HybridModelMixin, convert_to_hybrid, describe, find_attention_sites
 from .ops import fast_fp32_matmul
+from .probe import probe_attention
 from .report import accuracy_interval, compare_speed, perplexity
 from .tasks import LabelWordTask
 from .trainer import HybridTrainer, pack_text
@@ -43,6 +46,32 @@ class ModelArguments:
 
     def load(self):
         return AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype).eval()
+
+    def architecture(self, config) -> type:
+        """The model class that the config names: ours, transformers', or of the last Auto class that knows the config (a head rather than none)."""
+        name = (config.architectures or [""])[0]
+        architecture = getattr(dynamic if name.startswith("Hybrid") else transformers, name, None) if name else None
+        if architecture is not None:
+            return architecture
+        known = [auto._model_mapping[type(config)] for auto in AUTO_CLASSES if type(config) in auto._model_mapping]
+        if not known:
+            raise UnsupportedModelError(f"{self.model}: no Auto class builds a model of type {config.model_type!r}.")
+        return known[-1][0] if isinstance(known[-1], (tuple, list)) else known[-1]
+
+    def probed(self):
+        """The model and what its dry forward finds: without its weights (on the meta device), or with them if that cannot be run."""
+        config = AutoConfig.from_pretrained(self.model)
+        architecture = self.architecture(config)
+        dtype = getattr(torch, self.dtype) if self.dtype != "auto" else (config.dtype or torch.float32)
+        with torch.device("meta"):
+            model = architecture(config).eval().to(dtype)
+        try:
+            return model, probe_attention(model)
+        except UnsupportedModelError as error:
+            if error.__cause__ is None:  # the forward ran: the model has no sites
+                raise
+        model = architecture.from_pretrained(self.model, dtype=self.dtype).eval()
+        return model, probe_attention(model)
 
     def tokenizer(self):
         return AutoTokenizer.from_pretrained(self.model)
@@ -316,31 +345,46 @@ def benchmark(model: ModelArguments, options: BenchmarkArguments) -> None:
 
 
 def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
-    """The attention sites of a model, and what a linear layer would keep in place of its cache."""
-    loaded = model.load()
-    config = mixer.config()
-    sites = find_attention_sites(loaded)
-    modules = dict(loaded.named_modules())
-    linear = loaded.config.hybrid_sites() if isinstance(loaded, HybridModelMixin) else {}
-    table = Table(
-        "#", "site", "now", "heads", "kv heads", "head size", "causal", f"{config.name} state", "KV cache at 32k"
-    )
-    for index, site in enumerate(sites):
-        bytes_per_token = site.num_key_value_heads * (site.head_dim + site.value_dim) * loaded.dtype.itemsize
-        state = new_mixer(config, site, modules[site.name]).state_bytes(dtype=loaded.dtype) if site.causal else None
+    """What can be made linear in a model, what would be lost, and what is kept in place of its cache. Reads the config, not the weights."""
+    (skeleton, probed), config = model.probed(), mixer.config()
+    linear = skeleton.config.hybrid_sites() if isinstance(skeleton, HybridModelMixin) else {}
+    table = Table("#", "site", "now", "heads", "causal", "state")
+    totals = {"cache": 0, "kept": 0, "state": 0, "parameters": 0}
+    for index, site in enumerate(probed.sites):
+        cell, per_token = "-", site.num_key_value_heads * (site.head_dim + site.value_dim) * skeleton.dtype.itemsize
+        try:
+            fresh = build_mixer(config.fitted(site.causal), **site.sizes())
+        except HybridConfigError:  # no bidirectional form
+            cell, totals["kept"] = "refused", totals["kept"] + per_token * site.causal
+        else:
+            totals["parameters"] += sum(parameter.numel() for parameter in fresh.parameters())
+            if site.causal:
+                state = fresh.state_bytes(dtype=skeleton.dtype)
+                totals["state"] += state
+                cell = f"{state / 1024:,.0f} KiB"
+        totals["cache"] += per_token * site.causal
+        now = linear[site.name][1]["name"] if site.name in linear else "softmax"
         table.add_row(
-            str(index), site.name, linear[site.name][1]["name"] if site.name in linear else "softmax", str(site.num_heads),
-            str(site.num_key_value_heads), str(site.head_dim), "yes" if site.causal else "no",
-            "-" if state is None else f"{state / 1024:,.0f} KiB", f"{bytes_per_token * 32768 / 1024:,.0f} KiB",
+            str(index), site.name, now, f"{site.num_heads}/{site.num_key_value_heads} x {site.head_dim}", "yes" if site.causal else "no", cell
         )  # fmt: skip
     console.print(table)
-    with torch.no_grad():
-        cache = loaded(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device=loaded.device), use_cache=True
-        ).past_key_values
+    console.print(f"heads: queries/keys x size; state: of {config.name}, one sequence, {skeleton.dtype}")
+    lost = Counter(what for per_site in probed.lost.values() for what in per_site)
+    for what, count in lost.items():
+        console.print(f"{count} of these layers would lose {what}")
+    for name, reason in probed.excluded.items():
+        console.print(f"stays softmax: {name} {reason}")
+    count = sum(parameter.numel() for parameter in skeleton.parameters())
     console.print(
-        f"{len(linear)} of {len(sites)} layers of {model.model} are linear; cache after 2 tokens: {cache_bytes(cache):,} bytes."
+        f"{len(linear)} of {len(probed.sites)} convertible layers of {model.model} are linear. {count:,} parameters; {totals['parameters']:,} more with "
+        f"{config.name} everywhere."
     )
+    if totals["cache"]:
+        lengths = Table("tokens", "KV cache", f"all {config.name}", title="one sequence", title_justify="left")
+        for length in (4096, 32768, 131072):
+            before, after = totals["cache"] * length, totals["state"] + totals["kept"] * length
+            lengths.add_row(f"{length:,}", f"{before / 2**20:,.1f} MiB", f"{after / 2**20:,.1f} MiB")
+        console.print(lengths)
 
 
 def demo(options) -> None:

@@ -30,8 +30,7 @@ def dummy_inputs(model: PreTrainedModel, batch_size: int = 1, length: int = LENG
     """
     builder = _Builder(model, batch_size, length)
     for names in _argument_sets(model):
-        for arguments in builder.build(names):
-            yield arguments
+        yield from builder.build(names)
 
 
 def _argument_sets(model) -> Iterator[list[str]]:

@@ -403,9 +403,10 @@ class HybridModelMixin:
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             for module in self.modules():
-                if isinstance(module, HybridAttentionMixin) and module.hybrid_swapped and module.hybrid.causal:
-                    if getattr(module, "layer_idx", None) is not None:
-                        linear_cache_layer(cache, module.layer_idx)
+                # a module used at several depths is told its layer when it runs, and puts its cache layer there then
+                has_layer = isinstance(module, HybridAttentionMixin) and getattr(module, "layer_idx", None) is not None
+                if has_layer and module.hybrid_swapped and module.hybrid.causal:
+                    linear_cache_layer(cache, module.layer_idx)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         return result

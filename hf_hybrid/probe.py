@@ -155,9 +155,7 @@ class _InlineSoftmax(TorchFunctionMode):
         self.modules, self.found = modules, {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            self.note()
-        elif func is F.multi_head_attention_forward:
+        if func is F.scaled_dot_product_attention or func is F.multi_head_attention_forward:
             self.note()
         elif func in (F.softmax, torch.softmax, torch.Tensor.softmax):
             shape = args[0].shape if args and torch.is_tensor(args[0]) else ()
@@ -280,7 +278,7 @@ def _first_success(model, candidates, running) -> tuple[Exception | None, dict[s
         del running[:]
         try:
             with _InlineSoftmax(running) as inline:
-                model(**_without_cache(model, inputs))
+                model(**_with_use_cache(model, inputs))
             return None, inline.found
         except Exception as error:  # whatever the family raises for arguments it does not want
             first_error = first_error or error
@@ -297,9 +295,11 @@ def _mark_changing_lengths(model, records: dict[str, _Record], running) -> None:
             records[name].other_sequence = True
 
 
-def _without_cache(model, inputs: dict) -> dict:
-    accepts = "use_cache" in inspect.signature(model.forward).parameters
-    return {"use_cache": False, **inputs} if accepts else {k: v for k, v in inputs.items() if k != "use_cache"}
+def _with_use_cache(model, inputs: dict) -> dict:
+    if "use_cache" not in inspect.signature(model.forward).parameters:
+        return {name: value for name, value in inputs.items() if name != "use_cache"}
+    # without weights: with a cache, transformers does not look whether position ids are those of a packed row, which it could not
+    return {"use_cache": model.device.type == "meta", **inputs}
 
 
 def _take_records(model: nn.Module) -> dict[str, _Record]:

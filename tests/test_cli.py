@@ -165,7 +165,7 @@ def test_convert_and_inspect(teacher, capsys):
     capsys.readouterr()
     assert run("inspect", out) == 0
     text = capsys.readouterr().out
-    assert "2 of 3 layers" in text
+    assert "2 of 3 convertible layers" in text
     assert run("convert", teacher / "teacher", "--output_dir", out) == 1
     assert "holds a model already" in capsys.readouterr().err
 
@@ -246,3 +246,44 @@ def test_errors_are_one_line_and_a_status(teacher, capsys):
     assert run("nope") == 2
     assert run("--help") == 0
     assert "distill" in capsys.readouterr().out
+
+
+def test_inspect_reads_the_config_alone(tmp_path, capsys):
+    from transformers import BertConfig, BloomConfig, LlamaConfig, MambaConfig, T5Config
+
+    small = {"hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16, "vocab_size": 1000}
+    configs = {
+        "llama": LlamaConfig(**small, num_key_value_heads=4, architectures=["LlamaForCausalLM"]),
+        "bert": BertConfig(**small),
+        "bloom": BloomConfig(hidden_size=64, n_layer=2, n_head=4, architectures=["BloomForCausalLM"]),
+        "t5": T5Config(d_model=64, num_layers=2, num_heads=4, d_kv=16, architectures=["T5ForConditionalGeneration"]),
+        "mamba": MambaConfig(hidden_size=64, num_hidden_layers=1, architectures=["MambaForCausalLM"]),
+    }
+    for name, config in configs.items():
+        config.save_pretrained(tmp_path / name)
+    assert run("inspect", tmp_path / "llama", "--dtype", "bfloat16") == 0
+    text = capsys.readouterr().out
+    # 4 layers x 4 heads x 128 x (keys and values) x 2 bytes = 8 KiB per token
+    assert "0 of 4 convertible layers" in text and "32.0 MiB" in text and "1,024.0 MiB" in text and "131,072" in text
+    assert run("inspect", tmp_path / "bert") == 0
+    text = capsys.readouterr().out
+    assert "0 of 4 convertible layers" in text and "KV cache" not in text
+    assert run("inspect", tmp_path / "bert", "--mixer", "gated_delta_net") == 0
+    assert "refused" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "bloom") == 0
+    assert "2 of these layers would lose the ALiBi position bias" in capsys.readouterr().out
+    assert run("inspect", tmp_path / "t5") == 0
+    text = capsys.readouterr().out
+    assert "relative" in text and "stays softmax" in text and "cross-attention" in text
+    assert run("inspect", tmp_path / "mamba") == 1
+    assert "none of its modules computes attention" in capsys.readouterr().err
+
+
+def test_inspect_loads_the_weights_where_the_config_is_not_enough(tmp_path, capsys):
+    from transformers import FalconConfig, FalconForCausalLM
+
+    # merges its position bias with masks, which cannot be done without numbers
+    config = FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=99, alibi=True)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    assert run("inspect", tmp_path) == 0
+    assert "2 of these layers would lose" in capsys.readouterr().out

@@ -2,40 +2,39 @@
 
 import copy
 import dataclasses
-import typing
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
 # Sizes by name of the field, wherever a config class has it.
-SIZES = dict(
-    hidden_size=32, d_model=32, n_embd=32, dim=32, embed_dim=32, embedding_size=32, emb_dim=32, width=32, text_embed_dim=32, vision_embed_dim=32,
-    word_embed_proj_dim=32, embedding_dim=32, out_hidden_size=32, projection_dim=16, proj_dim=16, text_projection_size=16, encoder_hidden_size=32,
-    decoder_hidden_size=32, hidden_dim=64, intermediate_size=64, ffn_dim=64, d_ff=64, d_inner=64, n_inner=64, encoder_ffn_dim=64, decoder_ffn_dim=64,
-    feed_forward_size=64, dim_feedforward=64, mlp_dim=64, ffn_hidden_size=64, inner_dim=64, mlp_ratio=2, encoder_intermediate_size=64,
-    decoder_intermediate_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=32, expert_ffn_hidden_size=32, dense_size=32,
-    num_hidden_layers=2, n_layer=2, n_layers=2, num_layers=2, encoder_layers=2, decoder_layers=2, num_decoder_layers=2, num_encoder_layers=2,
-    encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_layers=2, decoder_num_layers=2, depth=2,
-    num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, encoder_attention_heads=4, decoder_attention_heads=4, num_decoder_attention_heads=4,
-    num_encoder_attention_heads=4, encoder_num_attention_heads=4, decoder_num_attention_heads=4, encoder_num_heads=4, decoder_num_heads=4,
-    num_key_value_heads=2, encoder_num_key_value_heads=4, decoder_num_key_value_heads=4, multi_query_group_num=2,
-    head_dim=8, d_kv=8, key_value_proj_dim=8, kv_channels=8, attention_head_dim=8, v_head_dim=8, qk_head_dim=8, qk_rope_head_dim=4, qk_nope_head_dim=4,
-    q_lora_rank=16, kv_lora_rank=16, query_pre_attn_scalar=8, rotary_dim=8, global_head_dim=8, num_global_key_value_heads=2,
-    vocab_size=99, type_vocab_size=2, vocab_size_per_layer_input=99, hidden_size_per_layer_input=8, codebook_size=16,
-    max_position_embeddings=64, n_positions=64, n_ctx=64, max_source_positions=20, max_target_positions=40, max_seq_len=64, max_sequence_length=64,
-    image_size=32, patch_size=8, num_channels=3, num_mel_bins=8, temporal_patch_size=1, num_frames=2, tubelet_size=1,
-    num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_num_experts=4, moe_topk=2, moe_k=2, n_group=1, topk_group=1,
-    first_k_dense_replace=1, n_shared_experts=1, num_shared_experts=1, sliding_window=4, attention_chunk_size=8, local_attention=4,
-    global_attn_every_n_layers=2, laurel_rank=4, num_nextn_predict_layers=0, num_memory_tokens=0, pooling_layers=1,
-    num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
-    linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-    mamba_d_state=8, mamba_d_head=8, mamba_n_heads=8,
-    layers=2, attention_heads=4, num_queries=6, projector_hidden_size=32, index_n_heads=2, index_head_dim=8, index_topk=4,
-    bos_token_id=1, eos_token_id=2, pad_token_id=0, decoder_start_token_id=1, sep_token_id=2, cls_token_id=1, mask_token_id=3,
-)  # fmt: skip
-TUPLES = dict(
-    conv_dim=(32, 32), conv_stride=(2, 2), conv_kernel=(3, 3), tdnn_dim=(32, 32), tdnn_kernel=(1, 1), tdnn_dilation=(1, 1)
-)  # fmt: skip
+SIZES = {
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 32, "emb_dim": 32, "width": 32, "text_embed_dim": 32, "vision_embed_dim": 32,
+    "word_embed_proj_dim": 32, "embedding_dim": 32, "out_hidden_size": 32, "projection_dim": 16, "proj_dim": 16, "text_projection_size": 16, "encoder_hidden_size": 32,
+    "decoder_hidden_size": 32, "hidden_dim": 64, "intermediate_size": 64, "ffn_dim": 64, "d_ff": 64, "d_inner": 64, "n_inner": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+    "feed_forward_size": 64, "dim_feedforward": 64, "mlp_dim": 64, "ffn_hidden_size": 64, "inner_dim": 64, "mlp_ratio": 2, "encoder_intermediate_size": 64,
+    "decoder_intermediate_size": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "expert_ffn_hidden_size": 32, "dense_size": 32,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "encoder_layers": 2, "decoder_layers": 2, "num_decoder_layers": 2, "num_encoder_layers": 2,
+    "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2, "encoder_num_layers": 2, "decoder_num_layers": 2, "depth": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+    "num_encoder_attention_heads": 4, "encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4, "encoder_num_heads": 4, "decoder_num_heads": 4,
+    "num_key_value_heads": 2, "encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4, "multi_query_group_num": 2,
+    "head_dim": 8, "d_kv": 8, "key_value_proj_dim": 8, "kv_channels": 8, "attention_head_dim": 8, "v_head_dim": 8, "qk_head_dim": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "query_pre_attn_scalar": 8, "rotary_dim": 8, "global_head_dim": 8, "num_global_key_value_heads": 2,
+    "vocab_size": 99, "type_vocab_size": 2, "vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 8, "codebook_size": 16,
+    "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "max_source_positions": 20, "max_target_positions": 40, "max_seq_len": 64, "max_sequence_length": 64,
+    "image_size": 32, "patch_size": 8, "num_channels": 3, "num_mel_bins": 8, "temporal_patch_size": 1, "num_frames": 2, "tubelet_size": 1,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_num_experts": 4, "moe_topk": 2, "moe_k": 2, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1, "num_shared_experts": 1, "sliding_window": 4, "attention_chunk_size": 8, "local_attention": 4,
+    "global_attn_every_n_layers": 2, "laurel_rank": 4, "num_nextn_predict_layers": 0, "num_memory_tokens": 0, "pooling_layers": 1,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "mamba_d_state": 8, "mamba_d_head": 8, "mamba_n_heads": 8,
+    "layers": 2, "attention_heads": 4, "num_queries": 6, "projector_hidden_size": 32, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1, "sep_token_id": 2, "cls_token_id": 1, "mask_token_id": 3,
+}  # fmt: skip
+TUPLES = {
+    "conv_dim": (32, 32), "conv_stride": (2, 2), "conv_kernel": (3, 3), "tdnn_dim": (32, 32), "tdnn_kernel": (1, 1), "tdnn_dilation": (1, 1)
+}  # fmt: skip
 # What a model type needs beside or against the sizes above; `None` leaves the class's own default.
 # fmt: off
 OVERRIDES: dict[str, dict] = {
