@@ -58,7 +58,11 @@ def calibrate_mixers(
         raise HybridConfigError(
             "calibrate_mixers: the model has no mixers. Call prepare_distillation_ or convert_to_hybrid first."
         )
-    batches = [{k: v for k, v in batch.items() if k not in ("labels", "label")} for batch in batches]
+    # labels are for losses, but for an encoder-decoder that makes its decoder's input of them
+    batches = [
+        {k: v for k, v in batch.items() if k not in ("labels", "label") or _decoder_reads_labels(model, batch)}
+        for batch in batches
+    ]
     if not batches:
         raise HybridConfigError("calibrate_mixers: batches is empty. Pass at least one batch of inputs.")
     decaying = [mixer for mixer in mixers if hasattr(mixer, "set_half_lives")]
@@ -81,6 +85,10 @@ def calibrate_mixers(
     if output_scale and scaled:
         for mixer, sums in zip(scaled, _observe(model, scaled, batches, _least_squares_sums), strict=True):
             mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
+
+
+def _decoder_reads_labels(model: PreTrainedModel, batch: dict) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and batch.get("decoder_input_ids") is None
 
 
 class Call(NamedTuple):

@@ -124,12 +124,17 @@ class _Builder:
 
     def decoder_input_ids(self):
         # of another length than the encoder's: what attends to both is told apart by it
-        return [ids[:, : max(self.length - 2, 1)] for ids in self.input_ids()]
+        return [ids[:, : max(self.length - 2, 1)] for ids in self.input_ids()[:1]]
 
     def input_ids(self):
         text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
         vocabulary = _find(text, "vocab_size") or _find(self.config, "vocab_size", default=100)
-        return [self.integers(self.batch, self.length, high=min(int(_pair(vocabulary)[0]), 1000))]
+        high = min(int(_pair(vocabulary)[0]), 1000)
+        # the second for multiple choice
+        return [
+            self.integers(self.batch, self.length, high=high),
+            self.integers(self.batch, 2, self.length, high=high),
+        ]
 
     def attention_mask(self):
         return [torch.ones(self.batch, self.length, dtype=torch.long, device=self.device)]
