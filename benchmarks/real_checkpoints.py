@@ -53,10 +53,37 @@ CHECKPOINTS = {
     "smollm2": (None, None, "LlamaForCausalLM", AutoModelForCausalLM, "text-generation"),
 }  # fmt: skip
 # Common reagents and solvents, as SMILES.
-MOLECULES = (
-    "CCO CC(=O)O CC(C)=O c1ccccc1 CN(C)C=O ClCCl C1CCOC1 CCN(CC)CC O=C(Cl)c1ccccc1 Nc1ccccc1 Oc1ccccc1 BrCc1ccccc1 CC(=O)Cl CO CC#N CS(C)=O O "
-    "c1ccncc1 O=Cc1ccccc1 CC(C)(C)OC(=O)N1CCNCC1 OB(O)c1ccccc1 Brc1ccccc1 Ic1ccccc1 CCOC(C)=O C[Mg]Br [Na+].[OH-] Cl NCc1ccccc1 O=C(O)c1ccccc1"
-).split()
+MOLECULES = [
+    "CCO",
+    "CC(=O)O",
+    "CC(C)=O",
+    "c1ccccc1",
+    "CN(C)C=O",
+    "ClCCl",
+    "C1CCOC1",
+    "CCN(CC)CC",
+    "O=C(Cl)c1ccccc1",
+    "Nc1ccccc1",
+    "Oc1ccccc1",
+    "BrCc1ccccc1",
+    "CC(=O)Cl",
+    "CO",
+    "CC#N",
+    "CS(C)=O",
+    "O",
+    "c1ccncc1",
+    "O=Cc1ccccc1",
+    "CC(C)(C)OC(=O)N1CCNCC1",
+    "OB(O)c1ccccc1",
+    "Brc1ccccc1",
+    "Ic1ccccc1",
+    "CCOC(C)=O",
+    "C[Mg]Br",
+    "[Na+].[OH-]",
+    "Cl",
+    "NCc1ccccc1",
+    "O=C(O)c1ccccc1",
+]
 SMILES_TOKENS = r"(\[[^\]]+\]|Br|Cl|[A-Za-z]|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>|>|\*|\$|%[0-9]{2}|[0-9])"
 
 
