@@ -67,7 +67,7 @@ def calibrate_mixers(
         raise HybridConfigError("calibrate_mixers: batches is empty. Pass at least one batch of inputs.")
     decaying = [mixer for mixer in mixers if hasattr(mixer, "set_half_lives")]
     if half_lives and decaying:
-        for mixer, histogram in zip(decaying, _observe(model, decaying, batches, look_back_histogram), strict=True):
+        for mixer, histogram in _observe(model, decaying, batches, look_back_histogram):
             # consecutive query heads read one state
             per_state = histogram.view(mixer.num_states, -1, histogram.shape[-1]).sum(1)
             seen = per_state.sum(-1, keepdim=True) > 0
@@ -83,7 +83,7 @@ def calibrate_mixers(
             mixer.set_half_lives(median_distance(per_state).to(next(mixer.parameters()).device))
     scaled = [mixer for mixer in mixers if mixer.can_scale_output]
     if output_scale and scaled:
-        for mixer, sums in zip(scaled, _observe(model, scaled, batches, _least_squares_sums), strict=True):
+        for mixer, sums in _observe(model, scaled, batches, _least_squares_sums):
             mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
 
 
@@ -112,8 +112,8 @@ def _observe(
     mixers: list[LinearMixer],
     batches: list[dict],
     statistic: Callable[[LinearMixer, Call], torch.Tensor],
-) -> list[torch.Tensor]:
-    """Sum of `statistic(mixer, call)` over all calls, one per mixer."""
+) -> list[tuple[LinearMixer, torch.Tensor]]:
+    """Every mixer that the batches reach, with the sum of `statistic(mixer, call)` over its calls."""
     totals: dict[int, torch.Tensor] = {}
     busy: set[int] = set()
 
@@ -143,7 +143,7 @@ def _observe(
         for handle in handles:
             handle.remove()
         model.train(training)
-    return [totals[id(mixer)] for mixer in mixers]
+    return [(mixer, totals[id(mixer)]) for mixer in mixers if id(mixer) in totals]
 
 
 def _attention_weights(call: Call, causal: bool) -> Iterator[tuple[int, slice, torch.Tensor]]:

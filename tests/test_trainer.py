@@ -634,3 +634,76 @@ def test_only_selected_layers_get_students(tmp_path):
     )
     assert list(trainer.model.distill_sites) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
     trainer.train()
+
+
+def llava():
+    import transformers
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **small, "image_size": 32, "patch_size": 8},
+        text_config={"model_type": "llama", **small, "vocab_size": 99},
+        image_token_index=98,
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_sites_that_no_batch_reaches_are_named(tmp_path, caplog, monkeypatch):
+    import logging
+
+    from transformers.utils import logging as hf_logging
+
+    monkeypatch.setattr(hf_logging.get_logger("hf_hybrid"), "propagate", True)
+    monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
+    trainer = toy_trainer(tmp_path, model=llava(), mixer="linear_attention", arguments={"max_steps": 1})
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    losses = trainer.last_block_losses
+    assert [loss > 0 for loss in losses.values()] == [False, False, True, True] and "vision_tower" in next(
+        iter(losses)
+    )
+    assert "No batch reached 2 of 4 attention sites, the first model.vision_tower" in caplog.text
+
+
+def test_block_losses_belong_to_their_sites_whatever_runs_first():
+    import transformers
+
+    from hf_hybrid.distillation import prepare_distillation_
+
+    # the vision tower is defined after the text tower, and runs before it
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPConfig(
+        text_config={**small, "vocab_size": 99, "max_position_embeddings": 32},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+    )
+    torch.manual_seed(0)
+    model = prepare_distillation_(transformers.CLIPModel(config), "linear_attention")
+    vision, text = torch.randn(1, 3, 32, 32), torch.arange(5, 14)[None]
+    model.train()
+    first = model(input_ids=text, pixel_values=vision)["block_losses"]
+    other = model(input_ids=text, pixel_values=-vision)["block_losses"]
+    changed = {name for name, a, b in zip(model.distill_sites, first, other, strict=True) if not torch.equal(a, b)}
+    assert changed and all("vision" in name for name in changed)
+
+
+def test_the_loss_of_an_encoder_decoder_ignores_the_padding_of_either_side():
+    import transformers
+
+    from hf_hybrid.distillation import prepare_distillation_
+
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, vocab_size=99, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = prepare_distillation_(transformers.BartForConditionalGeneration(config), "linear_attention")
+    model.train()
+    source, answer = torch.randint(5, 99, (2, 9)), torch.randint(5, 99, (2, 6))
+    plain = model(input_ids=source, decoder_input_ids=answer)["block_losses"]
+    junk = torch.full((2, 4), 7)
+    padded = model(
+        input_ids=torch.cat([source, junk], 1), attention_mask=torch.cat([source * 0 + 1, junk * 0], 1),
+        decoder_input_ids=torch.cat([answer, junk], 1), decoder_attention_mask=torch.cat([answer * 0 + 1, junk * 0], 1),
+    )["block_losses"]  # fmt: skip
+    assert torch.allclose(padded, plain, rtol=1e-4)
