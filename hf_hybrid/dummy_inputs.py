@@ -129,12 +129,8 @@ class _Builder:
     def input_ids(self):
         text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
         vocabulary = _find(text, "vocab_size") or _find(self.config, "vocab_size", default=100)
-        high = min(int(_pair(vocabulary)[0]), 1000)
-        # the second for multiple choice
-        return [
-            self.integers(self.batch, self.length, high=high),
-            self.integers(self.batch, 2, self.length, high=high),
-        ]
+        ids = self.integers(self.batch, self.length, high=min(int(_pair(vocabulary)[0]), 1000))
+        return [ids, torch.stack([ids, ids.flip(-1)], dim=1)]  # the second for multiple choice
 
     def attention_mask(self):
         return [torch.ones(self.batch, self.length, dtype=torch.long, device=self.device)]

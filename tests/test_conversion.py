@@ -370,11 +370,12 @@ def test_unknown_mixers_and_foreign_models_are_refused():
 
 
 def test_a_family_without_the_attention_interface_is_refused():
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=99))
-    with pytest.raises(UnsupportedModelError, match=r"BloomForCausalLM \(model_type='bloom'\) has no attention layer"):
-        find_attention_sites(model)
+    config = GPTNeoConfig(hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]], vocab_size=99)
+    message = r"GPTNeoForCausalLM \(model_type='gpt_neo'\) has no attention layer .* GPTNeoSelfAttention computes attention inline"
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_attention_sites(GPTNeoForCausalLM(config))
 
 
 def test_a_bidirectional_family_is_refused_before_anything_changes():
