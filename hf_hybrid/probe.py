@@ -38,6 +38,9 @@ LOST = {
 }
 LOST_BIAS = "the bias that its mask adds to attention scores"
 LOST_MASK = "the mask between its tokens (windows or blocks)"
+# Families whose text layers let the tokens of one picture see each other; a text shows nothing of it, so it cannot be measured.
+PICTURE_BLOCKS = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma", "shieldgemma2", "step3p7")
+LOST_PICTURE_BLOCKS = "the bidirectional attention among the tokens of a picture"
 # Families whose attention is read by something else than itself, which no forward shows.
 REFUSED = {
     "diffusion_gemma": "fills a cache with keys and values that another pass over its layers attends to",
@@ -359,6 +362,8 @@ def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, 
             )
         )
         lost[name] = tuple(dict.fromkeys(what for call in calls for what in call.lost))
+        if model.config.model_type in PICTURE_BLOCKS and call.causal and sites[-1].part == "text":
+            lost[name] = (*lost[name], LOST_PICTURE_BLOCKS)
     return ProbedModel(sites, lost, excluded, inline)
 
 

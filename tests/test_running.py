@@ -370,3 +370,24 @@ def test_copies_run_side_by_side_in_threads():
     for thread in threads:
         thread.join()
     assert all(torch.equal(logits, expected) for per_copy in results.values() for logits in per_copy)
+
+
+def test_the_loss_of_picture_blocks_is_said():
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.PaliGemmaConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            **small,
+            "image_size": 32,
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        text_config={"model_type": "gemma", **small, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99},
+        image_token_index=98,
+        projection_dim=32,
+    )
+    model = transformers.PaliGemmaForConditionalGeneration(config)
+    with pytest.warns(
+        UserWarning, match="2 of the 4 converted layers lose the bidirectional attention among the tokens of a picture"
+    ):
+        convert_to_hybrid(model, "linear_attention")
