@@ -215,8 +215,8 @@ def main() -> int:
             f"{'equal' if result['reloaded_equal'] else 'DIFFERENT'}, {result['pipeline']}: {result['pipeline_answer']}",
             flush=True,
         )
-    if options.output:
-        pathlib.Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
+        if options.output:  # after each: they take minutes
+            pathlib.Path(options.output).write_text(json.dumps(results, indent=2) + "\n")
     return int(failed)
 
 
