@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import linear_cache_layer
 from .errors import CheckpointError, UnsupportedModelError
+from .masks import packed_segments, valid_tokens
 from .mixers import LinearMixer
 from .ports import find_port
 
@@ -98,33 +99,13 @@ def hybrid_attention_forward(
             f"{type(module).__name__}: linear-attention layers keep no paged keys and values, so continuous batching "
             "(`generate_batch`, `transformers serve`) cannot run this model. Use `generate`."
         )
-    context = module._hybrid_context
-    layer, length, mixer = context["layer"], query.shape[2], module.hybrid
+    context, mixer = module._hybrid_context, module.hybrid
+    layer, length, hidden_states = context["layer"], query.shape[2], context["hidden_states"]
     if layer is not None and layer.full_length_keys:
-        key, value = layer.new_key_values
+        key, value = layer.take_new_key_values()
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    hidden_states = context["hidden_states"]
     context["calls"] += 1
-    if context["calls"] > 1 and (mixer.causal or layer is not None):
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: attention is called {context['calls']} times in one forward. A causal linear layer has one state, which would "
-            "take in the tokens twice. Leave the layer out of `layers`."
-        )
-    if key.shape[1] != length:
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: a linear layer attends from a sequence to itself; got {length} queries and {key.shape[1]} keys. Keys of "
-            "another sequence (cross-attention, shared keys, prefix tuning) cannot be mixed in."
-        )
-    if mixer.needs_hidden_states and hidden_states.shape[:2] != query.shape[:2]:
-        raise UnsupportedModelError(
-            f"{type(module).__name__}: {mixer.config_class.name} makes its gates from the layer's input of shape {list(hidden_states.shape)}, which does "
-            f"not fit queries of shape {list(query.shape)}. Use linear_attention or sliding_window here."
-        )
-    if (query.shape[-1], query.shape[2], key.shape[2]) != (mixer.head_dim, mixer.num_heads, mixer.num_key_value_heads):
-        raise CheckpointError(
-            f"{type(module).__name__}: the config says {mixer.num_heads} query heads, {mixer.num_key_value_heads} key-value heads of size "
-            f"{mixer.head_dim}; the layer has {query.shape[2]}, {key.shape[2]} of size {query.shape[-1]}. The config was edited."
-        )
+    _check_call(module, query, key, context)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         query = query * (scaling * query.shape[-1] ** 0.5)  # mixers scale by K^-0.5; keep the host's own temperature
 
@@ -164,6 +145,32 @@ def hybrid_attention_forward(
     return output, None
 
 
+def _check_call(module, query, key, context) -> None:
+    """Refuse what a linear layer would silently compute wrongly. `query` and `key` are `[B, T, H, K]`."""
+    mixer, name = module.hybrid, type(module).__name__
+    if context["calls"] > 1 and (mixer.causal or context["layer"] is not None):
+        raise UnsupportedModelError(
+            f"{name}: attention is called {context['calls']} times in one forward. A causal linear layer has one state, which would take in the tokens "
+            "twice. Leave the layer out of `layers`."
+        )
+    if key.shape[1] != query.shape[1]:
+        raise UnsupportedModelError(
+            f"{name}: a linear layer attends from a sequence to itself; got {query.shape[1]} queries and {key.shape[1]} keys. Keys of another sequence "
+            "(cross-attention, shared keys, prefix tuning) cannot be mixed in."
+        )
+    hidden_states = context["hidden_states"]
+    if mixer.needs_hidden_states and hidden_states.shape[:2] != query.shape[:2]:
+        raise UnsupportedModelError(
+            f"{name}: {mixer.config_class.name} makes its gates from the layer's input of shape {list(hidden_states.shape)}, which does not fit queries of "
+            f"shape {list(query.shape)}. Use linear_attention or sliding_window here."
+        )
+    if (query.shape[-1], query.shape[2], key.shape[2]) != (mixer.head_dim, mixer.num_heads, mixer.num_key_value_heads):
+        raise CheckpointError(
+            f"{name}: the config says {mixer.num_heads} query heads, {mixer.num_key_value_heads} key-value heads of size {mixer.head_dim}; the layer has "
+            f"{query.shape[2]}, {key.shape[2]} of size {query.shape[-1]}. The config was edited."
+        )
+
+
 AttentionInterface.register(IMPLEMENTATION, hybrid_attention_forward)
 # only read if somebody sets our implementation for a whole model; a converted module is asked with its host's mask
 AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
@@ -176,57 +183,6 @@ def _eager_function(module):
         if function is not None:
             return function
     return None
-
-
-def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
-    """
-    Which new tokens exist, bool `[B, T]`, from whatever form of mask reaches the layer; `None` when all do.
-
-    A causal mask tells by its diagonal: a padded token does not see itself. `offset` is the position of the first new token on the
-    mask's key axis.
-    """
-    if mask is None:
-        return None
-    if type(mask).__name__ == "BlockMask":  # flex attention
-        batch = torch.arange(mask.shape[0], device=device)[:, None].expand(-1, length)
-        row = torch.arange(length, device=device).expand_as(batch)
-        return mask.mask_mod(batch, torch.zeros_like(batch), row, row + offset)
-    if mask.ndim == 2:  # flash attention
-        return mask[:, -length:].bool()
-    if mask.ndim == 4:
-        mask = mask[:, 0]  # [B, Q, KV]; heads share which tokens exist
-    if mask.shape[-2] == 1 and length > 1:  # one row for all queries: a bidirectional mask
-        diagonal = mask[:, 0, -length:]
-    else:
-        # clamped: where every layer is linear, a static cache lays all masks out like its first layer's, and a full sliding one ends at the
-        # newest token whatever its position
-        index = (torch.arange(length, device=mask.device) + offset).clamp_max(mask.shape[-1] - 1)
-        index = index[None, :, None].expand(mask.shape[0], -1, 1)
-        diagonal = mask.gather(2, index)[..., 0]
-    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
-
-
-def packed_segments(kwargs: dict, valid: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """
-    Packed sequence of every token, int `[B, T]`, or `None` when each row is one sequence.
-
-    Read from `cu_seq_lens_q`, else from restarts of `position_ids` (the rule of `find_packed_sequence_indices` in transformers).
-    Padding may have any positions: a restart counts only between tokens that exist.
-    """
-    batch, length = query.shape[:2]
-    boundaries = kwargs.get("cu_seq_lens_q")
-    if boundaries is not None:
-        index = torch.arange(length, device=query.device)
-        return torch.bucketize(index, boundaries[1:].to(index), right=True)[None].expand(batch, -1)
-    positions = kwargs.get("position_ids")
-    if torch.compiler.is_compiling() or positions is None or positions.ndim != 2 or positions.shape[-1] != length:
-        return None
-    starts = torch.diff(positions, dim=-1) != 1
-    if valid is not None:
-        starts = starts & valid[:, 1:] & valid[:, :-1]
-    if not bool(starts.any()):
-        return None
-    return torch.cat([starts.new_zeros(starts.shape[0], 1), starts], dim=1).cumsum(-1).expand(batch, -1)
 
 
 _ATTENTION_CLASSES: dict[type, type] = {}
@@ -302,7 +258,5 @@ __all__ = [
     "hybrid_attention_class",
     "hybrid_attention_forward",
     "is_hybrid_attention",
-    "packed_segments",
     "restore_attention_",
-    "valid_tokens",
 ]

@@ -81,6 +81,11 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
         length = self.get_mask_sizes(0)[0]
         return tuple(x.new_empty(1).expand(*x.shape[:-2], length, x.shape[-1]) for x in self.new_key_values)
 
+    def take_new_key_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of the latest `update`, once: what `full_length_keys` hid behind placeholders. The cache does not hold on to them."""
+        taken, self.new_key_values = self.new_key_values, None
+        return taken
+
     def get_seq_length(self):
         return self.cumulative_length
 

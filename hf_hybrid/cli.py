@@ -349,41 +349,46 @@ def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
     (skeleton, probed), config = model.probed(), mixer.config()
     linear = skeleton.config.hybrid_sites() if isinstance(skeleton, HybridModelMixin) else {}
     table = Table("#", "site", "now", "heads", "causal", "state")
-    totals = {"cache": 0, "kept": 0, "state": 0, "parameters": 0}
+    caches: list[
+        tuple[int, int | None, int | None]
+    ] = []  # of each causal site: bytes per token, the host's window, bytes of a state
+    more_parameters = 0
     for index, site in enumerate(probed.sites):
-        cell, per_token = "-", site.num_key_value_heads * (site.head_dim + site.value_dim) * skeleton.dtype.itemsize
+        cell, state = "-", None
         try:
             fresh = build_mixer(config.fitted(site.causal), **site.sizes())
         except HybridConfigError:  # no bidirectional form
-            cell, totals["kept"] = "refused", totals["kept"] + per_token * site.causal
+            cell = "refused"
         else:
-            totals["parameters"] += sum(parameter.numel() for parameter in fresh.parameters())
+            more_parameters += sum(parameter.numel() for parameter in fresh.parameters())
             if site.causal:
                 state = fresh.state_bytes(dtype=skeleton.dtype)
-                totals["state"] += state
                 cell = f"{state / 1024:,.0f} KiB"
-        totals["cache"] += per_token * site.causal
-        now = linear[site.name][1]["name"] if site.name in linear else "softmax"
+        if site.causal:
+            per_token = site.num_key_value_heads * (site.head_dim + site.value_dim) * skeleton.dtype.itemsize
+            caches.append((per_token, probed.windows.get(site.name), state))
         table.add_row(
-            str(index), site.name, now, f"{site.num_heads}/{site.num_key_value_heads} x {site.head_dim}", "yes" if site.causal else "no", cell
+            str(index), site.name, linear[site.name][1]["name"] if site.name in linear else "softmax",
+            f"{site.num_heads}/{site.num_key_value_heads} x {site.head_dim}", "yes" if site.causal else "no", cell,
         )  # fmt: skip
     console.print(table)
     console.print(f"heads: queries/keys x size; state: of {config.name}, one sequence, {skeleton.dtype}")
-    lost = Counter(what for per_site in probed.lost.values() for what in per_site)
-    for what, count in lost.items():
+    for what, count in Counter(what for per_site in probed.lost.values() for what in per_site).items():
         console.print(f"{count} of these layers would lose {what}")
     for name, reason in probed.excluded.items():
         console.print(f"stays softmax: {name} {reason}")
-    count = sum(parameter.numel() for parameter in skeleton.parameters())
     console.print(
-        f"{len(linear)} of {len(probed.sites)} convertible layers of {model.model} are linear. {count:,} parameters; {totals['parameters']:,} more with "
-        f"{config.name} everywhere."
+        f"{len(linear)} of {len(probed.sites)} convertible layers of {model.model} are linear. "
+        f"{sum(parameter.numel() for parameter in skeleton.parameters()):,} parameters; {more_parameters:,} more with {config.name} everywhere."
     )
-    if totals["cache"]:
-        lengths = Table("tokens", "KV cache", f"all {config.name}", title="one sequence", title_justify="left")
+    if caches:
+        lengths = Table(
+            "tokens", "KV cache", f"all {config.name}", title="the layers above, one sequence", title_justify="left"
+        )
         for length in (4096, 32768, 131072):
-            before, after = totals["cache"] * length, totals["state"] + totals["kept"] * length
-            lengths.add_row(f"{length:,}", f"{before / 2**20:,.1f} MiB", f"{after / 2**20:,.1f} MiB")
+            keys = [per_token * min(length, window or length) for per_token, window, _ in caches]
+            states = [kept if state is None else state for kept, (_, _, state) in zip(keys, caches, strict=True)]
+            lengths.add_row(f"{length:,}", f"{sum(keys) / 2**20:,.1f} MiB", f"{sum(states) / 2**20:,.1f} MiB")
         console.print(lengths)
 
 

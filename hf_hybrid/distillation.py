@@ -23,6 +23,7 @@ from .attention import CACHE_ARGUMENTS, convert_attention_
 from .configuration_hybrid import AttentionSite, check_selection
 from .errors import AlreadyHybridError, HybridConfigError, closest
 from .losses import normalized_mse
+from .masks import check_masks, has_custom_mask
 from .mixers import INITIALIZATIONS, MixerConfig, check_initialization, resolve_mixer_config
 from .modeling_hybrid import (
     HybridModelMixin,
@@ -140,6 +141,9 @@ class DistillModelMixin:
     window_dropout = 0.0
 
     def _distill_forward(self, task_forward, *args, **kwargs):
+        if has_custom_mask(args, kwargs):
+            layers = [site.student for site in self.distill_sites.values() if self.training or site.swapped]
+            check_masks(self, layers, type(self).forward, args, kwargs)
         if not self.training:
             return task_forward(*args, **kwargs)
         record = _LossRecord(self.recompute_students, self.window_dropout)
@@ -283,7 +287,8 @@ class _LowRankDelta(nn.Module):
 
 def _new_student(teacher: nn.Module, projections: str, rank: int) -> nn.Module:
     if projections == "full":
-        return copy.deepcopy(teacher, {id(teacher.config): teacher.config})
+        config = getattr(teacher, "config", None)  # shared with the model; some ported families have none
+        return copy.deepcopy(teacher, {} if config is None else {id(config): config})
     student = _shallow_clone(teacher)
     if projections == "low_rank":
         for name, linear in _projections(student):

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .offload import execution_device
+
 
 # Tokens of a text: more than one sliding or chunked mask block of toy models, cheap for large ones.
 LENGTH = 9
@@ -104,7 +106,8 @@ class _Builder:
     def __init__(self, model, batch_size: int, length: int):
         self.model, self.config = model, model.config
         self.batch, self.length = batch_size, length
-        self.device, self.dtype = model.device, model.dtype if model.dtype.is_floating_point else torch.float32
+        self.device = execution_device(model)
+        self.dtype = model.dtype if model.dtype.is_floating_point else torch.float32
         self.generator = torch.Generator().manual_seed(0)
 
     def build(self, names: list[str]) -> Iterator[dict]:
@@ -130,7 +133,10 @@ class _Builder:
         text = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
         vocabulary = _find(text, "vocab_size") or _find(self.config, "vocab_size", default=100)
         ids = self.integers(self.batch, self.length, high=min(int(_pair(vocabulary)[0]), 1000))
-        return [ids, torch.stack([ids, ids.flip(-1)], dim=1)]  # the second for multiple choice
+        choices = torch.stack([ids, ids.flip(-1)], dim=1)  # multiple choice
+        ended = ids.clone()  # classifiers on encoder-decoders read the last end-of-text token
+        ended[:, -1] = _pair(_find(self.config, "eos_token_id", default=1))[0]
+        return [ids, choices, ended]
 
     def attention_mask(self):
         return [torch.ones(self.batch, self.length, dtype=torch.long, device=self.device)]

@@ -15,8 +15,6 @@ from collections.abc import Collection
 
 import torch
 import transformers
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import PrefixedDataset
 from huggingface_hub import file_exists
 from safetensors import SafetensorError
 from torch import nn
@@ -52,6 +50,7 @@ from .configuration_hybrid import (
     on_new_family,
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
+from .masks import check_masks, has_custom_mask
 from .mixers import (
     INITIALIZATIONS,
     LinearMixer,
@@ -61,6 +60,7 @@ from .mixers import (
     resolve_mixer_config,
 )
 from .model_card import CARD_FILE, is_own_card, write_model_card
+from .offload import execution_device, load_offloaded_mixers_whole
 from .probe import probe_attention
 
 
@@ -206,7 +206,7 @@ def new_mixer(
     mixer.init_weights(initialization)
     for part in mixer.modules():
         part._is_hf_initialized = True
-    return mixer.to(device=weight.device, dtype=weight.dtype)
+    return mixer.to(device=execution_device(module), dtype=weight.dtype)
 
 
 def warn_of_losses(losses: dict[str, tuple[str, ...]]) -> None:
@@ -357,7 +357,7 @@ class HybridModelMixin:
                     f"The checkpoint {pretrained_model_name_or_path!r} does not fit its config: {len(keys)} weights are {what}, the first "
                     f"{keys[0]!r}. It was truncated or edited; save or download it again."
                 )
-        _load_offloaded_mixers_whole(model)
+        load_offloaded_mixers_whole(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
@@ -431,32 +431,6 @@ class HybridModelMixin:
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))
 
 
-def _load_offloaded_mixers_whole(model: PreTrainedModel) -> None:
-    """
-    Offloaded weights come back when the module that holds them is called. A mixer reads those of its feature maps and gates without calling them:
-    its own hook fetches them all.
-    """
-    for mixer in (module for module in model.modules() if isinstance(module, LinearMixer)):
-        hooks = {name: getattr(part, "_hf_hook", None) for name, part in mixer.named_modules()}
-        offloaded = {name: hook for name, hook in hooks.items() if getattr(hook, "offload", False)}
-        if not offloaded:
-            continue
-        name, hook = next(iter(offloaded.items()))
-        # the weights' names begin with the path of the module that holds them
-        prefix = hook.weights_map.prefix.removesuffix(f"{name}." if name else "")
-        for part in offloaded:
-            remove_hook_from_module(mixer.get_submodule(part))
-        whole = AlignDevicesHook(
-            execution_device=hook.execution_device,
-            offload=True,
-            weights_map=PrefixedDataset(hook.weights_map.dataset, prefix),
-            offload_buffers=hook.offload_buffers,
-            place_submodules=True,
-            tied_params_map=hook.tied_params_map,
-        )
-        add_hook_to_module(mixer, whole)
-
-
 _MODEL_CLASSES: dict[tuple[type, type], type] = {}
 
 
@@ -475,8 +449,16 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
         def __init__(self, config, *args, **kwargs):
             HybridModelMixin.__init__(self, config, *args, **kwargs)
 
+        @functools.wraps(base.forward)
+        def forward(self, *args, **kwargs):
+            if has_custom_mask(args, kwargs):
+                layers = [module for module in self.modules() if is_hybrid_attention(module) and module.hybrid_swapped]
+                check_masks(self, layers, base.forward, args, kwargs)
+            return base.forward(self, *args, **kwargs)
+
         namespace = {
             "__init__": __init__,
+            "forward": forward,
             "config_class": config_class,
             "__module__": dynamic.__name__,
             "__qualname__": name,

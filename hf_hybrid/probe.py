@@ -22,6 +22,7 @@ from .cache import is_plain_cache_layer
 from .configuration_hybrid import AttentionSite
 from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedModelError
+from .offload import execution_device
 from .ports import find_port
 
 
@@ -65,12 +66,30 @@ class ProbedModel:
         lost (`dict[str, tuple[str, ...]]`): What a linear layer at a site cannot carry over, by the site's name; empty for most.
         excluded (`dict[str, str]`): Attention modules that call the interface and still are no sites: name and reason.
         inline (`tuple[str, ...]`): Classes of modules that compute a softmax over scores by themselves.
+        windows (`dict[str, int]`): Keys that the host itself keeps in its cache, by the name of the site, where it looks back through a window.
     """
 
     sites: list[AttentionSite]
     lost: dict[str, tuple[str, ...]]
     excluded: dict[str, str]
     inline: tuple[str, ...]
+    windows: dict[str, int]
+
+    def why_none(self) -> str:
+        """One sentence or two for a model whose attention cannot be replaced, and what to do."""
+        reasons: dict[str, str] = {}
+        for name, reason in self.excluded.items():
+            reasons.setdefault(reason, name)
+        if reasons:
+            said = "; ".join(f"{name} {reason}" for reason, name in list(reasons.items())[:3])
+            return f"{said}. A linear layer there would be another function."
+        if self.inline:
+            computes = "computes" if len(self.inline) == 1 else "compute"
+            return (
+                f"{', '.join(self.inline[:3])} {computes} attention inline and not through transformers' AttentionInterface. Such families need a port "
+                "(see hf_hybrid.ports)."
+            )
+        return "none of its modules computes attention that it could find. There is nothing to replace."
 
 
 @dataclasses.dataclass
@@ -198,24 +217,38 @@ def _recording(model: nn.Module):
 
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     handles += [module.register_forward_hook(leave) for module in modules]
-    ported = [(module, port) for module in modules if (port := find_port(type(module))) is not None]
+    ported = [(module, port) for module in modules if (port := _port_of(module)) is not None]
+    forwards = {
+        module: {name: module.__dict__.get(name) for name in ("forward", "_old_forward")} for module, _ in ported
+    }
     try:
         for config in configs.values():
             config._attn_implementation_internal = PROBE
         for module, port in ported:
-            module.forward = functools.partial(port, _record, module)
+            # where an accelerate hook wraps the forward, what it wraps: the hook brings the weights
+            wrapped = "_old_forward" if forwards[module]["_old_forward"] is not None else "forward"
+            module.__dict__[wrapped] = functools.partial(port, _record, module)
         model.eval()
         yield running
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
-        for module, _ in ported:
-            module.__dict__.pop("forward", None)
+        for module, before_probe in forwards.items():
+            for name, forward in before_probe.items():
+                if forward is None:
+                    module.__dict__.pop(name, None)
+                else:
+                    module.__dict__[name] = forward
         for handle in handles:
             handle.remove()
         for module, mode in training.items():
             module.training = mode
         _forget_records(model)
+
+
+def _port_of(module: nn.Module):
+    """The port of a family that computes attention inline, of a converted module as of an untouched one."""
+    return getattr(module, "_hybrid_port", None) or find_port(type(module))
 
 
 def _forget_records(model: nn.Module) -> None:
@@ -268,7 +301,7 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
     probed = _sort_out(model, records, tuple(inline))
     if not probed.sites:
         raise UnsupportedModelError(
-            f"{description} has no attention layer that hf_hybrid can replace: {_why_none(probed)}"
+            f"{description} has no attention layer that hf_hybrid can replace: {probed.why_none()}"
         )
     return probed
 
@@ -302,7 +335,7 @@ def _with_use_cache(model, inputs: dict) -> dict:
     if "use_cache" not in inspect.signature(model.forward).parameters:
         return {name: value for name, value in inputs.items() if name != "use_cache"}
     # without weights: with a cache, transformers does not look whether position ids are those of a packed row, which it could not
-    return {"use_cache": model.device.type == "meta", **inputs}
+    return {"use_cache": execution_device(model).type == "meta", **inputs}
 
 
 def _take_records(model: nn.Module) -> dict[str, _Record]:
@@ -333,7 +366,7 @@ def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, 
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     sharing = _names_that_share_keys(records)
     cache_layers = _cache_layers(model)
-    sites, lost, excluded = [], {}, {}
+    sites, lost, excluded, windows = [], {}, {}, {}
     for name, record in sorted(records.items(), key=lambda item: order[item[0]]):
         calls = max(record.calls, key=len)
         layer_idx = getattr(model.get_submodule(name), "layer_idx", None)
@@ -362,9 +395,16 @@ def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, 
             )
         )
         lost[name] = tuple(dict.fromkeys(what for call in calls for what in call.lost))
+        kept = (
+            getattr(cache_layers[layer_idx], "sliding_window", None)
+            if call.causal and _has_slot(cache_layers, layer_idx)
+            else None
+        )
+        if kept is not None:
+            windows[name] = kept - 1  # the newest key is not in the cache yet when it is looked at
         if model.config.model_type in PICTURE_BLOCKS and call.causal and sites[-1].part == "text":
             lost[name] = (*lost[name], LOST_PICTURE_BLOCKS)
-    return ProbedModel(sites, lost, excluded, inline)
+    return ProbedModel(sites, lost, excluded, inline, windows)
 
 
 def _why_no_site(record: _Record, calls: list[_Call]) -> str | None:
@@ -418,8 +458,12 @@ def _cache_layers(model: nn.Module) -> list[CacheLayerMixin]:
         return []
 
 
+def _has_slot(layers: list[CacheLayerMixin], layer_idx: int | None) -> bool:
+    return layer_idx is not None and layer_idx < len(layers)
+
+
 def _why_not_cached(layers: list[CacheLayerMixin], layer_idx: int | None) -> str | None:
-    if layer_idx is None or layer_idx >= len(layers) or is_plain_cache_layer(layers[layer_idx]):
+    if not _has_slot(layers, layer_idx) or is_plain_cache_layer(layers[layer_idx]):
         return None
     name = type(layers[layer_idx]).__name__
     if name == "DummyLayer":
@@ -447,22 +491,6 @@ def _part_of(model: nn.Module, name: str) -> str:
             if module is not model or main == "input_ids":
                 return "text"
     return "text"
-
-
-def _why_none(probed: ProbedModel) -> str:
-    """One sentence for a model without sites, and what to do."""
-    reasons: dict[str, str] = {}
-    for name, reason in probed.excluded.items():
-        reasons.setdefault(reason, name)
-    if reasons:
-        said = "; ".join(f"{name} {reason}" for reason, name in list(reasons.items())[:3])
-        return f"{said}. A linear layer there would be another function."
-    if probed.inline:
-        return (
-            f"{', '.join(probed.inline[:3])} compute{'s' * (len(probed.inline) == 1)} attention inline and not through transformers' AttentionInterface. Such families need a port "
-            "(see hf_hybrid.ports)."
-        )
-    return "none of its modules computes attention that it could find. There is nothing to replace."
 
 
 __all__ = ["LOST", "ProbedModel", "probe_attention"]

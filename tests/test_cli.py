@@ -287,3 +287,24 @@ def test_inspect_loads_the_weights_where_the_config_is_not_enough(tmp_path, caps
     FalconForCausalLM(config).save_pretrained(tmp_path)
     assert run("inspect", tmp_path) == 0
     assert "2 of these layers would lose" in capsys.readouterr().out
+
+
+def test_inspect_counts_what_windows_keep(tmp_path, capsys):
+    from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
+
+    from hf_hybrid.cache import cache_bytes
+
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4, head_dim=32, vocab_size=99,
+        max_position_embeddings=8192, sliding_window=16, architectures=["Gemma3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert run("inspect", tmp_path, "--dtype", "float32") == 0
+    text = capsys.readouterr().out
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        Gemma3ForCausalLM(config)(
+            torch.randint(5, 99, (1, 4096)), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+    row = next(line for line in text.splitlines() if "4,096" in line)
+    assert f"{cache_bytes(cache) / 2**20:.1f} MiB" in row, row

@@ -5,7 +5,8 @@ import torch
 import transformers
 
 from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
-from hf_hybrid.errors import UnsupportedModelError
+from hf_hybrid.distillation import discard_students_, prepare_distillation_
+from hf_hybrid.errors import AlreadyHybridError, UnsupportedModelError
 from hf_hybrid.ports import PORTS, find_port
 
 from helpers import assert_close
@@ -127,6 +128,69 @@ def test_layers_that_keep_their_softmax_are_bit_equal(name):
         assert torch.equal(model(ids).logits, expected)
         restore_full_attention(model)
         assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_a_converted_port_is_seen_by_the_next_probe(name):
+    model = toy(name)
+    names = [site.name for site in find_attention_sites(model)]
+    convert_to_hybrid(model, "linear_attention", [0])
+    assert [site.name for site in find_attention_sites(model)] == names
+    with pytest.raises(AlreadyHybridError, match=f"{names[0]} of .* is converted already"):
+        convert_to_hybrid(model, "linear_attention", [0])
+    convert_to_hybrid(model, "linear_attention", [1])
+    assert list(model.config.hybrid_sites()) == names == [site.name for site in find_attention_sites(model)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("projections", ["shared", "low_rank", "full"])
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_ports_are_distilled_with_any_projections(name, projections):
+    model = prepare_distillation_(toy(name), "linear_attention", projections=projections)
+    model.train()
+    output = model(input_ids=torch.arange(22).view(2, 11) % 90 + 5)
+    assert (output["block_losses"] > 0).all()
+    output["loss"].backward()
+    for site in model.distill_sites.values():
+        assert all(parameter.grad is not None for parameter in site.student.hybrid.parameters())
+    discard_students_(model)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_asking_for_attention_weights_is_no_error(name):
+    model, ids = toy(name), torch.arange(22).view(2, 11) % 90 + 5
+    with torch.no_grad():
+        host = model(ids, output_attentions=True)
+        same = torch.equal(host.logits, model(ids).logits)  # Falcon computes something else when asked
+        convert_to_hybrid(model, "linear_attention", [0])
+        output = model(ids, output_attentions=True)
+        assert torch.equal(output.logits, model(ids).logits) or not same
+    # a linear layer has no weights to show
+    shown = [weights for weights in output.attentions or () if weights is not None]
+    assert len(shown) <= 1 and all(weights.shape == (2, 4, 11, 11) for weights in shown)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gptj"])
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_the_probe_leaves_hooks_where_they_were(name):
+    from accelerate import cpu_offload
+
+    model, ids = toy(name), torch.arange(22).view(2, 11) % 90 + 5
+    with torch.no_grad():
+        expected = model(ids).logits
+        linear = convert_to_hybrid(toy(name), "linear_attention")(ids).logits
+    cpu_offload(model, torch.device("cpu"))
+    before = {module: dict(module.__dict__).keys() for module in model.modules()}
+    forwards = {module: module.__dict__["forward"] for module in model.modules() if "forward" in module.__dict__}
+    find_attention_sites(model)
+    assert {module: dict(module.__dict__).keys() for module in model.modules()} == before
+    assert {module: module.__dict__["forward"] for module in forwards} == forwards
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+        convert_to_hybrid(model, "linear_attention")
+        assert_close(name, model(ids).logits, linear, 1e-6)
 
 
 def test_talking_heads_are_refused_by_name():

@@ -391,3 +391,121 @@ def test_the_loss_of_picture_blocks_is_said():
         UserWarning, match="2 of the 4 converted layers lose the bidirectional attention among the tokens of a picture"
     ):
         convert_to_hybrid(model, "linear_attention")
+
+
+# --------------------------------------------------------------------------------------------------------------- masks
+
+
+def causal_mask(length, dtype=torch.bool, batch=2):
+    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, -1, -1).clone()
+    return (
+        mask
+        if dtype == torch.bool
+        else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("layers", [[0], None])
+def test_a_4d_mask_that_hides_padding_and_the_future_is_followed(dtype, layers):
+    model, ids = hybrid(layers=layers), tokens()
+    padded = torch.cat([torch.full((2, 3), 9), ids], dim=1)
+    two = torch.cat([torch.zeros(2, 3, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    positions = (two.cumsum(-1) - 1).clamp_min(0)
+    mask = causal_mask(12, dtype)
+    mask[..., :3] = False if dtype == torch.bool else torch.finfo(dtype).min
+    with torch.no_grad():
+        expected = model(padded, attention_mask=two, position_ids=positions).logits
+        actual = model(padded, attention_mask=mask, position_ids=positions).logits
+        assert_close("4D", actual[:, 3:], expected[:, 3:], 1e-5)
+        assert_close("plain", model(ids, attention_mask=causal_mask(9, dtype)).logits, model(ids).logits, 1e-5)
+
+
+def two_documents(mask):
+    mask[..., 4:, :4] = False
+
+
+def first_token_hidden_from_one(mask):
+    mask[..., 5, 0] = False
+
+
+def one_head_sees_less(mask):
+    mask[:, 1, 4:, :4] = False
+
+
+@pytest.mark.parametrize("layers", [[0], None])
+@pytest.mark.parametrize("change", [two_documents, first_token_hidden_from_one, one_head_sees_less])
+def test_a_4d_mask_that_hides_more_is_refused(change, layers):
+    model, mask = hybrid(layers=layers), causal_mask(9).expand(-1, 4, -1, -1).clone()
+    change(mask)
+    for call in (lambda: model(tokens(), attention_mask=mask), lambda: model(tokens(), mask)):
+        with pytest.raises(
+            UnsupportedModelError, match=r"attention_mask: linear layers follow masks .* \[2, 4, 9, 9\] hides more"
+        ):
+            call()
+
+
+def test_a_4d_mask_with_numbers_is_refused_and_one_of_softmax_layers_is_not():
+    mask = causal_mask(9, torch.float32)
+    mask[..., 3, 1] = -0.5
+    with pytest.raises(UnsupportedModelError, match="adds numbers to scores"):
+        hybrid()(tokens(), attention_mask=mask)
+    model = hybrid()
+    for layer in model.model.layers:
+        layer.self_attn.hybrid_swapped = False
+    assert model(tokens(), attention_mask=mask).logits.isfinite().all()
+
+
+def test_a_4d_mask_over_a_cache_is_followed():
+    model, ids = hybrid(), tokens()
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+        piece = model(
+            ids[:, 4:], attention_mask=causal_mask(9)[..., 4:, :], past_key_values=cache, use_cache=True
+        ).logits
+        assert_close("piece", piece, model(ids).logits[:, 4:], 1e-4)
+        cache, mask = model(ids[:, :4], use_cache=True).past_key_values, causal_mask(9)[..., 4:, :].clone()
+        mask[..., 2:, :4] = False
+        with pytest.raises(UnsupportedModelError, match="hides more"):
+            model(ids[:, 4:], attention_mask=mask, past_key_values=cache, use_cache=True)
+
+
+def test_masks_of_encoders_hide_the_same_from_all_tokens():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    )
+    model, ids = convert_to_hybrid(transformers.BertModel(config).eval(), "linear_attention"), tokens()
+    two = torch.ones_like(ids)
+    two[:, 6:] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=two).last_hidden_state[:, :6]
+        wide = two.bool()[:, None, None].expand(-1, 1, 9, -1)
+        assert_close("4D", model(ids, attention_mask=wide).last_hidden_state[:, :6], expected, 1e-5)
+        with pytest.raises(UnsupportedModelError, match=r"masks that hide padding; the 4D mask"):
+            model(ids, attention_mask=causal_mask(9))
+
+
+def test_students_do_not_learn_from_masks_they_cannot_follow():
+    from hf_hybrid.distillation import prepare_distillation_
+
+    model, mask = prepare_distillation_(tiny_model(), SMALL_MIXER), causal_mask(9)
+    two_documents(mask)
+    model.eval()
+    assert model(tokens(), attention_mask=mask).logits.isfinite().all()  # the teacher
+    model.train()
+    with pytest.raises(UnsupportedModelError, match="hides more"):
+        model(input_ids=tokens(), attention_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_the_cache_of_t5_does_not_hold_on_to_keys():
+    model = convert_to_hybrid(t5(), SMALL_MIXER, "decoder")
+    with torch.no_grad():
+        sizes = []
+        for length in (8, 64):
+            output = model(input_ids=tokens(), decoder_input_ids=tokens(2, length), use_cache=True)
+            layer = output.past_key_values.self_attention_cache.layers[0]
+            assert layer.full_length_keys and layer.new_key_values is None
+            sizes.append(layer.state_bytes())
+    assert sizes[0] == sizes[1]

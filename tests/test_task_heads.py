@@ -171,3 +171,31 @@ def test_feature_extraction(tmp_path):
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "hybrid")
     features = transformers.pipeline("feature-extraction", model=loaded, tokenizer=tokenizer())("w1 w2")
     assert np.array(features).shape == (1, 4, 32)
+
+
+@pytest.mark.parametrize("family", ["Bart", "T5"])
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_a_classifier_on_an_encoder_decoder(family, tmp_path):
+    sizes = (
+        BART
+        if family == "Bart"
+        else {"d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 64, "num_layers": 2, "vocab_size": 99}
+    )
+    config = getattr(transformers, f"{family}Config")(**{**sizes, "eos_token_id": 2, "decoder_start_token_id": 1})
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForSequenceClassification")(config).eval()
+    ids = numbers(12, 9)
+    ids[:, -1] = 2
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "labels": [0, 1] * 6})
+    trainer = HybridTrainer(
+        model, "linear_attention", toy_arguments(tmp_path / "out", max_steps=2, save_strategy="no", remove_unused_columns=False),
+        train_dataset=rows, eval_dataset=rows, data_collator=collate,
+    )  # fmt: skip
+    assert len(trainer.distill_sites) == 4
+    trainer.train()
+    trainer.swap_layers(range(4))
+    hybrid = trainer.finalize()
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hybrid").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, hybrid.eval()(ids).logits)

@@ -12,4 +12,5 @@ def forward(
         module, query, key, value, attention_mask, scaling=module.attention_head_size**-0.5, is_causal=False,
         position_bias=position_bias,
     )  # fmt: skip
-    return (module.o(output.flatten(2)),)
+    output = module.o(output.flatten(2))
+    return (output, None) if output_attentions else (output,)

@@ -20,7 +20,7 @@ from hf_hybrid.attention import is_hybrid_attention
 from hf_hybrid.distillation import discard_students_, prepare_distillation_
 from hf_hybrid.errors import UnsupportedModelError
 from hf_hybrid.modeling_hybrid import AUTO_CLASSES
-from hf_hybrid.probe import ProbedModel, _why_none, probe_attention
+from hf_hybrid.probe import ProbedModel, probe_attention
 
 from .toy_configs import toy_config
 from .toy_inputs import INPUTS
@@ -415,7 +415,7 @@ def check(task: str, model_type: str) -> Row:
         _note(row, probed)
         if not any(reached(backbone, site.name) for site in probed.sites):
             # what the toy inputs run keeps its softmax: nothing here would be tested
-            reason = next((f"{name} {why}" for name, why in probed.excluded.items()), None) or _why_none(probed)
+            reason = next((f"{name} {why}" for name, why in probed.excluded.items()), None) or probed.why_none()
             row.word = "refused"
             row.why = f"{reason.rstrip('.')}. Only {probed.sites[0].name} and its like can be converted."
             return row
