@@ -15,7 +15,7 @@ from hf_hybrid.mixers.base import LinearMixer
 
 from helpers import SMALL_MIXER, assert_close
 from mixer_settings import MIXERS
-from tiny_models import perturb_mixers, tiny_model
+from tiny_models import perturb_mixers, tiny_llava, tiny_model
 
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -79,16 +79,10 @@ def test_encoder_and_decoder_are_selected_by_name():
 
 
 def test_towers_are_selected_by_modality_and_by_module():
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **small, "image_size": 32, "patch_size": 8},
-        text_config={"model_type": "llama", **small, "vocab_size": 99},
-        image_token_index=98,
-    )
-    model = transformers.LlavaForConditionalGeneration(config).eval()
+    model = tiny_llava()
     assert [site.part for site in find_attention_sites(model)] == ["vision"] * 2 + ["text"] * 2
     for layers, count in (("vision", 2), ("text", 2), ("model.vision_tower", 2), (lambda site: not site.causal, 2)):
-        one = convert_to_hybrid(transformers.LlavaForConditionalGeneration(config), "linear_attention", layers)
+        one = convert_to_hybrid(tiny_llava(), "linear_attention", layers)
         assert len(one.config.hybrid_sites()) == count
     convert_to_hybrid(model, "linear_attention")
     ids = torch.cat([torch.full((1, 16), 98), tokens(1, 5)], dim=1)

@@ -36,7 +36,7 @@ from hf_hybrid.errors import (
 
 from conftest import token_dataset
 from helpers import SMALL_MIXER, toy_arguments, toy_trainer
-from tiny_models import HOSTS, tiny_model
+from tiny_models import HOSTS, tiny_llava, tiny_model
 
 
 def accuracy(prediction):
@@ -636,19 +636,6 @@ def test_only_selected_layers_get_students(tmp_path):
     trainer.train()
 
 
-def llava():
-    import transformers
-
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", **small, "image_size": 32, "patch_size": 8},
-        text_config={"model_type": "llama", **small, "vocab_size": 99},
-        image_token_index=98,
-    )
-    torch.manual_seed(0)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
 def test_sites_that_no_batch_reaches_are_named(tmp_path, caplog, monkeypatch):
     import logging
 
@@ -656,7 +643,7 @@ def test_sites_that_no_batch_reaches_are_named(tmp_path, caplog, monkeypatch):
 
     monkeypatch.setattr(hf_logging.get_logger("hf_hybrid"), "propagate", True)
     monkeypatch.setattr(hf_logging.get_logger("transformers"), "propagate", True)
-    trainer = toy_trainer(tmp_path, model=llava(), mixer="linear_attention", arguments={"max_steps": 1})
+    trainer = toy_trainer(tmp_path, model=tiny_llava(), mixer="linear_attention", arguments={"max_steps": 1})
     with caplog.at_level(logging.WARNING):
         trainer.train()
     losses = trainer.last_block_losses

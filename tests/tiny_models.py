@@ -49,6 +49,18 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides):
     return model
 
 
+def tiny_llava():
+    """A toy model of two towers, two layers each; token 98 stands for a piece of a picture (32 x 32, 16 pieces)."""
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **small, "image_size": 32, "patch_size": 8},
+        text_config={"model_type": "llama", **small, "vocab_size": 99},
+        image_token_index=98,
+    )
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
 def perturb_mixers(model, scale: float = 0.3):
     """Move the mixers' parameters away from their start, so that equal-looking initial values hide nothing."""
     generator = torch.Generator().manual_seed(1)

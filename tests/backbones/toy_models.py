@@ -84,6 +84,7 @@ def toy_model(task: str, model_type: str, seed: int = 0):
             config = text if isinstance(text, cls.config_class) else config
         if task == "causal-lm" and hasattr(config, "is_decoder"):
             config.is_decoder = True
+        # how large it would be, without making it; a constructor that computes with numbers cannot be asked, and is made as it is
         with torch.device("meta"), contextlib.suppress(NotImplementedError):
             probe = cls(config.__class__.from_dict(config.to_dict()))
             size = sum(parameter.numel() for parameter in probe.parameters())
