@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import linear_cache_layer
 from .errors import CheckpointError, UnsupportedModelError
-from .masks import packed_segments, valid_tokens
+from .masks import CustomMasks, packed_segments, valid_tokens, within_keys
 from .mixers import LinearMixer
 from .ports import find_port
 
@@ -37,12 +37,14 @@ class HybridAttentionMixin:
     Attributes:
         hybrid (`LinearMixer`): The mixer; all learned parameters of the layer's linear side.
         hybrid_swapped (`bool`): Whether the mixer is active. `False` runs the host's softmax, bit for bit.
+        custom_masks (`CustomMasks` or `None`): Masks that were given to this forward of the model as they are, to be looked at.
         last_valid (`torch.Tensor` or `None`): Which tokens of the last call existed, bool `[B, T]`; `None` for all of them.
     """
 
     hybrid: LinearMixer
     hybrid_swapped: bool
     last_valid: torch.Tensor | None = None
+    custom_masks: CustomMasks | None = None
 
     def forward(self, *args, **kwargs):
         if not self.hybrid_swapped:
@@ -61,7 +63,7 @@ class HybridAttentionMixin:
         hidden_states = argument("hidden_states")
         if hidden_states is None and args:
             hidden_states = args[0]
-        context = {"hidden_states": hidden_states, "layer": None, "offset": None, "calls": 0}
+        context = {"hidden_states": hidden_states, "layer": None, "offset": None, "past_keys": 0, "calls": 0}
         context["position_ids"] = kwargs.get("position_ids")
         cache = next((c for c in map(argument, CACHE_ARGUMENTS) if c is not None), None)
         layer_idx = argument("layer_idx")  # a module used at several depths is told which one
@@ -72,6 +74,7 @@ class HybridAttentionMixin:
             layer.full_length_keys = bool(getattr(self, "has_relative_attention_bias", False))
             offset = layer.mask_offset()  # before the host's attention advances the counter
             context["layer"], context["offset"] = layer, offset.clone() if torch.is_tensor(offset) else offset
+            context["past_keys"] = layer.get_mask_sizes(1)[1]
         self._hybrid_context = context
         try:
             return host_forward(*args, **kwargs)
@@ -120,6 +123,13 @@ def hybrid_attention_forward(
     segments = None
     if length > 1 and state is None:
         segments = packed_segments({"position_ids": context["position_ids"], **kwargs}, valid, query)
+
+    if module.custom_masks is not None:
+        offset = within_keys(offset, length, 0 if attention_mask is None else attention_mask.shape[-1])
+        host_config = getattr(module, "_hybrid_host_config", None)
+        module.custom_masks.check(
+            attention_mask, length, mixer.causal, offset, context["past_keys"], segments, host_config
+        )
 
     output, state = mixer(
         query,
@@ -224,7 +234,7 @@ def convert_attention_(module: nn.Module, mixer: LinearMixer) -> None:
         if module._hybrid_port is None:
             module.config._attn_implementation_internal = IMPLEMENTATION
         module._hybrid_host_config = host_config
-    module.hybrid = mixer
+    module.hybrid = mixer.train(module.training)
     module.hybrid_swapped = True
     _rebind_wrapped_forward(module)
 
@@ -237,7 +247,7 @@ def restore_attention_(module: nn.Module) -> None:
         module.config = module.__dict__.pop("_hybrid_host_config")
     del module.hybrid
     module.__dict__.pop("hybrid_swapped", None)
-    for attribute in ("_hybrid_context", "last_valid"):
+    for attribute in ("_hybrid_context", "last_valid", "custom_masks"):
         module.__dict__.pop(attribute, None)
     _rebind_wrapped_forward(module)
 

@@ -15,6 +15,8 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
     LinearAttentionAndFullAttentionLayer,
     LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
     LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
@@ -26,16 +28,20 @@ from .errors import UnsupportedModelError
 State = tuple[torch.Tensor, ...]
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 # Layers of hosts that run a recurrence of their own beside attention.
-SHARED_LAYERS = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+SHARED_LAYERS = (
+    LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+)  # fmt: skip
 STATES_OF_LAYER = (
     "conv_states", "recurrent_states", "conv_kernel_size", "is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state",
 )  # fmt: skip
 
 
-class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
+class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
     """
     State of one linear-attention site in a dynamic cache. Tracks the number of tokens seen, so that masks and positions come out right even
-    where the first layer of the model is linear.
+    where the first layer of the model is linear. Transformers sizes its masks by the first layer that is not purely linear; where that one holds
+    something else (the keys of a picture in Mllama's cross-attention), sizes would be wrong, so this layer says it is both kinds.
 
     Args:
         host_states (`int`, *optional*, defaults to 0): Recurrent states that the host itself keeps in this layer, beside its attention (Falcon-H1's
@@ -48,8 +54,7 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, host_states: int = 0):
-        CacheLayerMixin.__init__(self)
-        LinearAttentionLayer.__init__(self, number_of_states=host_states)
+        super().__init__(number_of_states=host_states)
         self.host_states = host_states
         self.cumulative_length: int | torch.Tensor = 0
         # Whether `update` returns keys as long as a softmax layer's would be, for hosts that measure them: the last entries are the new ones
@@ -65,13 +70,15 @@ class HybridLinearLayer(LinearAttentionLayer, CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.device is None:
-            self.device, self.dtype = key_states.device, key_states.dtype
-        if self.keys is None:  # some hosts ask how many keys a layer holds
-            self.keys = self.values = key_states.new_empty(0)
+        if self.keys is None:
+            self._begin(key_states)
         self.batch_size = key_states.shape[0]
         self.cumulative_length += key_states.shape[-2]
         return self._returned(key_states, value_states)
+
+    def _begin(self, key_states):
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.keys = self.values = key_states.new_empty(0)  # some hosts ask how many keys a layer holds
 
     def _returned(self, key_states, value_states):
         """The new keys and values; with `full_length_keys`, placeholders of the whole length, of zero stride so that they hold nothing."""
@@ -216,20 +223,21 @@ class StaticHybridLinearLayer(HybridLinearLayer):
     Args:
         replaced (`CacheLayerMixin`): The static layer whose place this one takes. It stays empty, and goes on telling how masks are laid
             out: full and sliding static layers differ, and the host shares one mask among all its layers of a kind.
+        host_states (`int`, *optional*, defaults to 0): As above.
     """
 
     is_compileable = True
 
-    def __init__(self, replaced: CacheLayerMixin):
-        super().__init__()
+    def __init__(self, replaced: CacheLayerMixin, host_states: int = 0):
+        super().__init__(host_states)
         self._replaced = replaced
         self.max_cache_len = replaced.max_cache_len
         self.is_sliding = replaced.is_sliding
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.device is None:
-            self.device, self.dtype = key_states.device, key_states.dtype
+        if self.keys is None:
+            self._begin(key_states)
             self.batch_size = key_states.shape[0]
             self.cumulative_length = self.cumulative_length.to(key_states.device)
             if not torch.compiler.is_compiling():
@@ -242,7 +250,7 @@ class StaticHybridLinearLayer(HybridLinearLayer):
     def get_seq_length(self):
         if self.is_sliding:
             return self._replaced.cumulative_length_int
-        return self.cumulative_length if self.device is not None else 0
+        return self.cumulative_length if self.keys is not None else 0
 
     def get_mask_sizes(self, query_length):
         return self._replaced.get_mask_sizes(query_length)
@@ -287,16 +295,18 @@ def linear_cache_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> Hy
             f"The cache holds softmax keys and values for layer {layer_idx}, which is linear attention. "
             "Start from an empty cache, or from one this hybrid model filled."
         )
-    if type(current) in SHARED_LAYERS:
-        layer = HybridLinearLayer(host_states=current.number_of_states)
+    shared = type(current) in SHARED_LAYERS
+    host_states = current.number_of_states if shared else 0
+    if hasattr(current, "max_cache_len"):
+        layer = StaticHybridLinearLayer(current, host_states)
+    else:
+        layer = HybridLinearLayer(host_states)
+    if shared:
         for name in STATES_OF_LAYER:  # the host may have written its own before its attention runs
             getattr(layer, name).update(getattr(current, name))
         layer.device, layer.dtype = current.device, current.dtype
-        cache.layers[layer_idx] = layer
-        return layer
-    recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
-    layer = StaticHybridLinearLayer(current) if hasattr(current, "max_cache_len") else HybridLinearLayer()
-    layer.record_past = recording
+    else:
+        layer.record_past = any(getattr(other, "record_past", False) for other in cache.layers)
     cache.layers[layer_idx] = layer
     return layer
 

@@ -365,8 +365,8 @@ def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
                 state = fresh.state_bytes(dtype=skeleton.dtype)
                 cell = f"{state / 1024:,.0f} KiB"
         if site.causal:
-            per_token = site.num_key_value_heads * (site.head_dim + site.value_dim) * skeleton.dtype.itemsize
-            caches.append((per_token, probed.windows.get(site.name), state))
+            numbers = probed.cached.get(site.name) or site.num_key_value_heads * (site.head_dim + site.value_dim)
+            caches.append((numbers * skeleton.dtype.itemsize, probed.windows.get(site.name), state))
         table.add_row(
             str(index), site.name, linear[site.name][1]["name"] if site.name in linear else "softmax",
             f"{site.num_heads}/{site.num_key_value_heads} x {site.head_dim}", "yes" if site.causal else "no", cell,
@@ -386,7 +386,7 @@ def inspect(model: ModelArguments, mixer: MixerArguments) -> None:
             "tokens", "KV cache", f"all {config.name}", title="the layers above, one sequence", title_justify="left"
         )
         for length in (4096, 32768, 131072):
-            keys = [per_token * min(length, window or length) for per_token, window, _ in caches]
+            keys = [per_token * (length if window is None else min(length, window)) for per_token, window, _ in caches]
             states = [kept if state is None else state for kept, (_, _, state) in zip(keys, caches, strict=True)]
             lengths.add_row(f"{length:,}", f"{sum(keys) / 2**20:,.1f} MiB", f"{sum(states) / 2**20:,.1f} MiB")
         console.print(lengths)

@@ -23,7 +23,7 @@ from .attention import CACHE_ARGUMENTS, convert_attention_
 from .configuration_hybrid import AttentionSite, check_selection
 from .errors import AlreadyHybridError, HybridConfigError, closest
 from .losses import normalized_mse
-from .masks import check_masks, has_custom_mask
+from .masks import checking_masks, given_masks
 from .mixers import INITIALIZATIONS, MixerConfig, check_initialization, resolve_mixer_config
 from .modeling_hybrid import (
     HybridModelMixin,
@@ -141,9 +141,13 @@ class DistillModelMixin:
     window_dropout = 0.0
 
     def _distill_forward(self, task_forward, *args, **kwargs):
-        if has_custom_mask(args, kwargs):
-            layers = [site.student for site in self.distill_sites.values() if self.training or site.swapped]
-            check_masks(self, layers, type(self).forward, args, kwargs)
+        shapes = given_masks(args, kwargs)
+        if not shapes:
+            return self._forward_of_mode(task_forward, *args, **kwargs)
+        with checking_masks(self, shapes, (site.student for site in self.distill_sites.values())):
+            return self._forward_of_mode(task_forward, *args, **kwargs)
+
+    def _forward_of_mode(self, task_forward, *args, **kwargs):
         if not self.training:
             return task_forward(*args, **kwargs)
         record = _LossRecord(self.recompute_students, self.window_dropout)

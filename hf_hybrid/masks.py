@@ -1,13 +1,18 @@
 """What an attention mask says to a layer that has no scores to mask: which tokens exist, and where packed sequences begin. And which masks say more."""
 
-import inspect
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from .errors import UnsupportedModelError
+
+
+# Families whose text layers let the tokens of one picture see each other.
+PICTURE_BLOCKS = ("colpali", "gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma", "shieldgemma2", "step3p7")
 
 
 def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
@@ -30,12 +35,30 @@ def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
     if mask.shape[-2] == 1 and length > 1:  # one row for all queries: a bidirectional mask
         diagonal = mask[:, 0, -length:]
     else:
-        # clamped: where every layer is linear, a static cache lays all masks out like its first layer's, and a full sliding one ends at the
-        # newest token whatever its position
-        index = (torch.arange(length, device=mask.device) + offset).clamp_max(mask.shape[-1] - 1)
+        index = torch.arange(length, device=mask.device) + within_keys(offset, length, mask.shape[-1])
         index = index[None, :, None].expand(mask.shape[0], -1, 1)
         diagonal = mask.gather(2, index)[..., 0]
-    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
+    return shown(diagonal)
+
+
+def shown(mask: torch.Tensor) -> torch.Tensor:
+    """What a mask shows, as booleans: it is those already, or numbers that are added to scores."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise UnsupportedModelError(
+            f"The 4D attention mask has dtype {mask.dtype}. Pass booleans (True: seen), numbers that are added to scores, or a mask [B, T]."
+        )
+    return mask > torch.finfo(mask.dtype).min / 2
+
+
+def within_keys(offset, length: int, num_keys: int):
+    """
+    `offset`, at most so that `length` tokens end with the last of `num_keys` keys. Where every layer is linear, a static cache lays all masks out like
+    its first layer's, and a full sliding one ends at the newest token whatever its position.
+    """
+    most = max(num_keys - length, 0)
+    return offset.clamp_max(most) if torch.is_tensor(offset) else min(offset, most)
 
 
 def packed_segments(kwargs: dict, valid: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
@@ -65,74 +88,142 @@ def packed_segments(kwargs: dict, valid: torch.Tensor | None, query: torch.Tenso
 MASK_ARGUMENTS = ("attention_mask", "decoder_attention_mask")
 
 
-def has_custom_mask(args: tuple, kwargs: dict) -> bool:
-    """Whether a 4D tensor that may be a mask is among the arguments of a forward; cheap, and mostly no."""
-    return any(torch.is_tensor(value) and value.ndim == 4 for value in (*args[:4], *map(kwargs.get, MASK_ARGUMENTS)))
-
-
-def check_masks(model: PreTrainedModel, layers: list[nn.Module], forward: Callable, args: tuple, kwargs: dict) -> None:
-    """[`check_custom_mask`] on every mask among the arguments of `forward`, with the kinds of the linear `layers` that get it."""
-    given = inspect.signature(forward).bind_partial(model, *args, **kwargs).arguments
-    given = {**given, **given.get("kwargs", {})}
-    for name in MASK_ARGUMENTS:
-        causal = {layer.hybrid.causal for layer in layers}
-        if getattr(model.config, "is_encoder_decoder", False):
-            causal &= {name == "decoder_attention_mask"}
-        cache = given.get("past_key_values")
-        past_length = None if cache is None else cache.get_seq_length()
-        check_custom_mask(name, given.get(name), causal, past_length, model.config.get_text_config())
-
-
-def check_custom_mask(name: str, mask, causal: set[bool], past_length, config: PreTrainedConfig) -> None:
+@dataclasses.dataclass
+class CustomMasks:
     """
-    Refuse a 4D mask that hides more than padding and, in causal layers, the future: linear layers could not follow it.
+    Masks [B, H, Q, KV] that came into a model as they are: from users, or from `generate`, which makes them for static caches. Transformers hands
+    them to the layers unread; linear layers can follow some of them only, and find out before they compute ([`CustomMasks.check`]).
 
-    Such masks come from users (transformers takes a 4D mask as it is) and from `generate`, which makes them for static caches. Looking costs a pass over
-    the mask, so masks of fewer dimensions, which transformers expands itself, are never looked at; nor is anything while compiling.
-
-    Args:
-        name (`str`): The argument it came in by.
-        mask: Anything; only 4D tensors over several queries are checked. `[B, 1 or H, Q, KV]`, bool (`True`: seen) or added to scores.
-        causal (`set[bool]`): Kinds of the linear layers that get it.
-        past_length (`int` or `torch.Tensor`, *optional*): Tokens in the cache before these; `None` without a cache.
-        config (`PreTrainedConfig`): Of the text model; says whether the host itself looks back through a window.
-
-    Raises:
-        UnsupportedModelError: If the mask says more than the layers can follow.
+    Attributes:
+        shapes (`set[tuple[int, int]]`): Queries and keys of the masks given. Towers that make masks of their own are left alone.
+        pictures (`bool`): Whether the family lets the tokens of a picture see each other, which conversion has said is lost.
     """
-    if not torch.is_tensor(mask) or mask.ndim != 4 or mask.shape[-2] == 1 or not causal:
-        return
-    if torch.compiler.is_compiling() or mask.device.type == "meta":
-        return
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    biased = mask.is_floating_point() and bool(((mask != 0) & seen).any())
-    queries, keys = seen.shape[-2:]
-    offset = keys - queries if past_length is None else past_length
-    at = torch.arange(queries, device=mask.device) + offset
-    column = torch.arange(keys, device=mask.device)
-    exists = seen.any(-2, keepdim=True)  # a key that some query sees: [B, H, 1, KV]
-    past = column <= at[:, None]
-    allowed = []
-    if True in causal:
-        allowed.append(exists & past)
-        window = getattr(config, "sliding_window", None)
-        if window is not None:
-            allowed.append(exists & past & (at[:, None] - column < window))
-        if getattr(config, "attention_chunk_size", None) is not None:
-            allowed.append(
-                exists & past & (column // config.attention_chunk_size == at[:, None] // config.attention_chunk_size)
+
+    shapes: set[tuple[int, int]]
+    pictures: bool = False
+    _fine: dict[tuple, object] = dataclasses.field(
+        default_factory=dict
+    )  # the masks themselves, so that no id is used twice
+
+    def check(
+        self, mask, length: int, causal: bool, offset, past_keys: int, segments, config: PreTrainedConfig
+    ) -> None:
+        """
+        Refuse a mask that a linear layer would not follow. Looking costs a few passes over it; nothing is looked at for single tokens, of which a mask
+        does not say whether what it hides is padding, nor while compiling.
+
+        Args:
+            mask: What reached the layer: bool (`True`: seen), added to scores, or flex attention's `BlockMask`.
+            length (`int`): New tokens.
+            causal (`bool`): Whether the layer is.
+            offset (`int` or `torch.Tensor`): Position of the first new token on the mask's key axis.
+            past_keys (`int`): Keys before the mask's first, which a sliding layer's cache has let go.
+            segments (`torch.Tensor`, *optional*): Packed sequence of every token, int `[B, T]`.
+            config (`PreTrainedConfig`): Of the layer; says whether the host itself looks back through a window.
+
+        Raises:
+            UnsupportedModelError: If the mask says more than the layer can follow.
+        """
+        if length == 1 or torch.compiler.is_compiling() or mask is None:
+            return
+        block = type(mask).__name__ == "BlockMask"
+        if not block and (not torch.is_tensor(mask) or mask.ndim != 4 or mask.device.type == "meta"):
+            return
+        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        key = (id(mask), causal, window, chunk)
+        if tuple(mask.shape[-2:]) not in self.shapes or key in self._fine:
+            return
+        seen, biased = _dense(mask) if block else _seen(mask)
+        problem = "adds numbers to scores (or hides by another number than the dtype's lowest)" if biased else None
+        if problem is None and bool((seen != seen[:, :1]).any()):
+            problem = "hides more from some heads than from others"
+        if problem is None and causal and seen.shape[-2] == 1:
+            problem = "lets tokens see later ones"
+        if problem is None and seen.shape[-2] > 1:
+            forms = _forms(seen, causal, offset, past_keys, segments, window, chunk, self.pictures)
+            if not any(bool(form.all()) for form in forms):
+                later = causal and bool(seen.triu(int(offset) + 1).any())
+                problem = "lets tokens see later ones" if later else "hides more"
+        if problem is not None:
+            raise UnsupportedModelError(
+                f"A linear layer follows masks that hide padding{' and the future' if causal else ''}; the 4D attention mask of shape {list(mask.shape)} "
+                f"{problem}. Pass a mask [B, T] of the tokens that exist; mark packed sequences by position_ids that restart."
             )
-    if False in causal:
-        allowed.append(exists.expand_as(seen))
+        self._fine[key] = mask
+
+
+def _seen(mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What a mask shows, and whether it adds numbers to what it shows."""
+    seen = shown(mask)
+    return seen, mask.is_floating_point() and bool(((mask != 0) & seen).any())
+
+
+def _dense(mask) -> tuple[torch.Tensor, bool]:
+    """The same of a flex attention `BlockMask`."""
+    batch, _, queries, keys = mask.shape
+    device = mask.kv_num_blocks.device
+    b, q, k = (torch.arange(n, device=device) for n in (batch, queries, keys))
+    seen = mask.mask_mod(b[:, None, None], torch.zeros_like(b)[:, None, None], q[None, :, None], k[None, None, :])
+    return seen.expand(batch, queries, keys)[:, None], False
+
+
+def _forms(seen, causal, offset, past_keys, segments, window, chunk, pictures) -> Iterator[torch.Tensor]:
+    """Where `seen` agrees with each mask that a layer can follow, or that the host itself lays over its own attention."""
+    queries, keys = seen.shape[-2:]
+    exists = seen.any(-2, keepdim=True)  # a key that some query sees: [B, H, 1, KV]
+    at = torch.arange(queries, device=seen.device) + offset
     # what a padded query sees is nobody's business
     real = exists[..., 0, :].gather(-1, at.clamp_max(keys - 1).expand(*seen.shape[:2], -1))[..., None]
-    same_heads = bool((seen == seen[:, :1]).all())
-    if biased or not same_heads or not any(bool(((seen == form) | ~real).all()) for form in allowed):
-        raise UnsupportedModelError(
-            f"{name}: linear layers follow masks that hide padding{' and the future' if True in causal else ''}; the 4D mask of shape "
-            f"{list(mask.shape)} {'adds numbers to scores' if biased else 'hides more'}. Pass a mask [B, T] of the tokens that exist; mark packed sequences "
-            "by position_ids that restart."
-        )
+    if not causal:
+        yield (seen == exists) | ~real
+        return
+    column = torch.arange(keys, device=seen.device)
+    past = column <= at[:, None]
+    yield (seen == (exists & past)) | ~real
+    if pictures:
+        yield ((seen & past) == (exists & past)) | ~real
+    if segments is not None and keys == queries:
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        yield (seen == (exists & past & same)) | ~real
+    if window is not None:
+        yield (seen == (exists & past & (at[:, None] - column < window))) | ~real
+    if chunk is not None:
+        same = (column + past_keys) // chunk == (at[:, None] + past_keys) // chunk
+        yield (seen == (exists & past & same)) | ~real
 
 
-__all__ = ["check_custom_mask", "check_masks", "has_custom_mask", "packed_segments", "valid_tokens"]
+def given_masks(args: tuple, kwargs: dict) -> set[tuple[int, int]]:
+    """Queries and keys of what may be a mask [B, H, Q, KV] among the arguments of a forward; cheap, and mostly empty."""
+    given = (*args[:4], *(kwargs.get(name) for name in MASK_ARGUMENTS))
+    return {
+        tuple(mask.shape[-2:])
+        for value in given
+        for mask in (value.values() if isinstance(value, dict) else (value,))
+        if (torch.is_tensor(mask) and mask.ndim == 4) or type(mask).__name__ == "BlockMask"
+    }
+
+
+@contextlib.contextmanager
+def checking_masks(model: nn.Module, shapes: set[tuple[int, int]], layers: Iterable[nn.Module]) -> Iterator[None]:
+    """While inside, the linear `layers` of `model` refuse masks of these shapes that they cannot follow."""
+    masks = CustomMasks(shapes, pictures=model.config.model_type in PICTURE_BLOCKS)
+    layers = list(layers)
+    for layer in layers:
+        layer.custom_masks = masks
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.custom_masks = None
+
+
+__all__ = [
+    "PICTURE_BLOCKS",
+    "CustomMasks",
+    "checking_masks",
+    "given_masks",
+    "packed_segments",
+    "shown",
+    "valid_tokens",
+    "within_keys",
+]

@@ -50,7 +50,7 @@ from .configuration_hybrid import (
     on_new_family,
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
-from .masks import check_masks, has_custom_mask
+from .masks import checking_masks, given_masks
 from .mixers import (
     INITIALIZATIONS,
     LinearMixer,
@@ -60,7 +60,7 @@ from .mixers import (
     resolve_mixer_config,
 )
 from .model_card import CARD_FILE, is_own_card, write_model_card
-from .offload import execution_device, load_offloaded_mixers_whole
+from .offload import check_not_preloaded, execution_device, load_offloaded_mixers_whole
 from .probe import probe_attention
 
 
@@ -201,6 +201,7 @@ def new_mixer(
     config: MixerConfig, site: AttentionSite, module: nn.Module, initialization: Collection[str] = INITIALIZATIONS
 ) -> LinearMixer:
     """A freshly initialised mixer for `site`, on the device and in the dtype of the attention it stands in for."""
+    check_not_preloaded(module, site.name)
     mixer = build_mixer(config.fitted(site.causal), **site.sizes())
     weight = next(module.parameters())
     mixer.init_weights(initialization)
@@ -451,10 +452,11 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
 
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
-            if has_custom_mask(args, kwargs):
-                layers = [module for module in self.modules() if is_hybrid_attention(module) and module.hybrid_swapped]
-                check_masks(self, layers, base.forward, args, kwargs)
-            return base.forward(self, *args, **kwargs)
+            shapes = given_masks(args, kwargs)
+            if not shapes or torch.compiler.is_compiling():
+                return base.forward(self, *args, **kwargs)
+            with checking_masks(self, shapes, filter(is_hybrid_attention, self.modules())):
+                return base.forward(self, *args, **kwargs)
 
         namespace = {
             "__init__": __init__,

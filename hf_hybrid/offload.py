@@ -5,6 +5,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from accelerate.utils import PrefixedDataset
 from torch import nn
 
+from .errors import UnsupportedModelError
 from .mixers import LinearMixer
 
 
@@ -16,6 +17,20 @@ def execution_device(module: nn.Module) -> torch.device:
             if getattr(one, "execution_device", None) is not None:
                 return torch.device(one.execution_device)
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+def check_not_preloaded(module: nn.Module, name: str) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If one hook around `module` fetches the weights of all its parts (`preload_module_classes`): it would look for those of a
+            mixer, too, where they are not.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
+            raise UnsupportedModelError(
+                f"{name} is offloaded as a whole (preload_module_classes). Offload the model without that, or convert it before it is offloaded."
+            )
 
 
 def load_offloaded_mixers_whole(model: nn.Module) -> None:

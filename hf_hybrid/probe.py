@@ -5,6 +5,8 @@ input), attending from a sequence to itself; heads, sizes and causality are read
 """
 
 import contextlib
+import contextvars
+import copy
 import dataclasses
 import functools
 import inspect
@@ -22,6 +24,7 @@ from .cache import is_plain_cache_layer
 from .configuration_hybrid import AttentionSite
 from .dummy_inputs import dummy_inputs
 from .errors import UnsupportedModelError
+from .masks import PICTURE_BLOCKS, shown
 from .offload import execution_device
 from .ports import find_port
 
@@ -39,13 +42,13 @@ LOST = {
 }
 LOST_BIAS = "the bias that its mask adds to attention scores"
 LOST_MASK = "the mask between its tokens (windows or blocks)"
-# Families whose text layers let the tokens of one picture see each other; a text shows nothing of it, so it cannot be measured.
-PICTURE_BLOCKS = ("gemma3", "gemma4", "gemma4_unified", "molmo2", "paligemma", "shieldgemma2", "step3p7")
+# (a text shows nothing of it, so it cannot be measured)
 LOST_PICTURE_BLOCKS = "the bidirectional attention among the tokens of a picture"
-# Families whose attention is read by something else than itself, which no forward shows.
+# Families that do with their attention what no forward shows.
 REFUSED = {
     "diffusion_gemma": "fills a cache with keys and values that another pass over its layers attends to",
     "pi0": "fills a cache with keys and values that the action expert attends to",
+    "omdet-turbo": "remembers what its text encoder made of earlier texts, from before it was converted too",
     "jev": "is loaded by a from_pretrained of its own, which does not say what it loaded",
     **dict.fromkeys(
         ("sam2_video", "sam3_video", "sam3_tracker_video", "edgetam_video"),
@@ -67,6 +70,8 @@ class ProbedModel:
         excluded (`dict[str, str]`): Attention modules that call the interface and still are no sites: name and reason.
         inline (`tuple[str, ...]`): Classes of modules that compute a softmax over scores by themselves.
         windows (`dict[str, int]`): Keys that the host itself keeps in its cache, by the name of the site, where it looks back through a window.
+        cached (`dict[str, int]`): Numbers that the host caches per token, by the name of the causal site. Known where the dry forward had a cache (on the
+            meta device); fewer than its keys and values where it keeps something they are made from (DeepSeek's latents).
     """
 
     sites: list[AttentionSite]
@@ -74,6 +79,7 @@ class ProbedModel:
     excluded: dict[str, str]
     inline: tuple[str, ...]
     windows: dict[str, int]
+    cached: dict[str, int]
 
     def why_none(self) -> str:
         """One sentence or two for a model whose attention cannot be replaced, and what to do."""
@@ -127,17 +133,13 @@ def _record(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
 
-def _seen(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def _is_causal(mask, keyword, attribute) -> bool:
     """The mask is the ground truth (some bidirectional models keep `is_causal=True`); then the keyword, the attribute, SDPA's rule."""
     if torch.is_tensor(mask) and mask.ndim == 4 and mask.device.type != "meta":
         if mask.shape[-2] == 1:
             return False
         side = min(mask.shape[-2:])
-        seen = _seen(mask)[..., :side, :side]
+        seen = shown(mask)[..., :side, :side]
         if bool(seen.triu(1).any()):
             return False
         if bool(seen.tril(-1).any()):
@@ -150,18 +152,24 @@ def _is_causal(mask, keyword, attribute) -> bool:
 def _lost_with_mask(mask: torch.Tensor, causal: bool) -> list[str]:
     """Numbers added to scores are a bias; rows that see different tokens, in a bidirectional layer, are windows or blocks."""
     lost = []
-    if mask.is_floating_point() and bool(((mask != 0) & _seen(mask)).any()):
+    if mask.is_floating_point() and bool(((mask != 0) & shown(mask)).any()):
         lost.append(LOST_BIAS)
-    if not causal and bool((_seen(mask) != _seen(mask)[..., :1, :]).any()):
+    if not causal and bool((shown(mask) != shown(mask)[..., :1, :]).any()):
         lost.append(LOST_MASK)
     return lost
 
 
+# Some that compute attention inline do not know what to do with a mask where they expect none.
+_MAY_SKIP = contextvars.ContextVar("may_skip", default=False)
+
+
 def _probe_mask(*args, **kwargs):
-    """Always an explicit mask: causality is read off it. On the CPU, so that it can be read where the model has no weights (meta device)."""
+    """Always an explicit mask, also where the host would do without one: causality is read off it. On the CPU, so that it can be read where the model has no weights (meta device)."""
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "meta":
         kwargs["device"] = "cpu"
+    if not _MAY_SKIP.get():
+        kwargs["allow_is_bidirectional_skip"] = False
     return eager_mask(*args, **kwargs)
 
 
@@ -200,6 +208,8 @@ def _recording(model: nn.Module):
     configs = {key: config for key, config in configs.items() if hasattr(config, "_attn_implementation_internal")}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
     training = {module: module.training for module in modules}
+    attributes = {module: _attributes(module) for module in modules}
+    devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     running: list[nn.Module] = []
 
     def enter(module, args, kwargs):
@@ -229,7 +239,8 @@ def _recording(model: nn.Module):
             wrapped = "_old_forward" if forwards[module]["_old_forward"] is not None else "forward"
             module.__dict__[wrapped] = functools.partial(port, _record, module)
         model.eval()
-        yield running
+        with torch.random.fork_rng(devices):  # some hosts draw random numbers in evaluation too
+            yield running
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
@@ -241,9 +252,30 @@ def _recording(model: nn.Module):
                     module.__dict__[name] = forward
         for handle in handles:
             handle.remove()
+        for module, public in attributes.items():
+            _put_back(module, public)
         for module, mode in training.items():
             module.training = mode
         _forget_records(model)
+
+
+def _attributes(module: nn.Module) -> dict:
+    """What a forward may leave on a module: states, tables it looked up, another kind of attention for short texts. Containers are copied."""
+    containers = {name: dict(getattr(module, name)) for name in ("_modules", "_buffers")}
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: copy.copy(v) if isinstance(v, (dict, list, set)) else v for name, v in public.items()} | containers
+
+
+def _put_back(module: nn.Module, before: dict) -> None:
+    for name in [name for name in vars(module) if not name.startswith("_") and name not in before]:
+        del module.__dict__[name]
+    for name, value in before.items():
+        now = module.__dict__.get(name)
+        if isinstance(value, (dict, list, set)) and type(now) is type(value):  # in place: somebody else may hold it
+            now.clear()
+            now.extend(value) if isinstance(value, list) else now.update(value)
+        else:
+            module.__dict__[name] = value
 
 
 def _port_of(module: nn.Module):
@@ -271,18 +303,27 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
     """
     inline: dict[str, None] = {}
     records: dict[str, _Record] = {}
+    filled: list[CacheLayerMixin] = []
     description = f"{type(model).__name__} (model_type={model.config.model_type!r})"
     if type(model).forward is nn.Module.forward:
         parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
         raise UnsupportedModelError(
             f"{description} has no forward of its own, only what it builds on its parts. Convert those that attend: {', '.join(parts) or 'none'}."
         )
+    if (
+        model.config.model_type in REFUSED
+    ):  # nothing is run: their own memories would keep what the dry forward computes
+        raise UnsupportedModelError(
+            f"{description} has no attention layer that hf_hybrid can replace: it {REFUSED[model.config.model_type]}. A linear layer there would be "
+            "another function."
+        )
     with _recording(model) as running, torch.no_grad():
         if example_inputs is None:
             # some want more than one row
-            error, found = _first_success(model, itertools.chain(dummy_inputs(model), dummy_inputs(model, 2)), running)
+            candidates = itertools.chain(dummy_inputs(model), dummy_inputs(model, 2))
         else:
-            error, found = _first_success(model, [example_inputs], running)
+            candidates = [example_inputs]
+        error, found = _first_success(model, candidates, running, filled)
         if error is not None:
             raise UnsupportedModelError(
                 f"The dry forward of {description} failed: {type(error).__name__}: {error}. Pass example_inputs=… with the arguments its forward "
@@ -298,7 +339,7 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
                 inline.update(found)
                 records.update({f"{name}.{inner}": record for inner, record in _take_records(tower).items()})
             _forget_records(tower)
-    probed = _sort_out(model, records, tuple(inline))
+    probed = _sort_out(model, records, tuple(inline), filled)
     if not probed.sites:
         raise UnsupportedModelError(
             f"{description} has no attention layer that hf_hybrid can replace: {probed.why_none()}"
@@ -306,18 +347,27 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
     return probed
 
 
-def _first_success(model, candidates, running) -> tuple[Exception | None, dict[str, None]]:
-    """Run the model on the first inputs it accepts. The error is that of the likeliest ones, the names are of inline softmaxes."""
+def _first_success(model, candidates, running, filled: list | None = None) -> tuple[Exception | None, dict[str, None]]:
+    """
+    Run the model on the first inputs it accepts. The error is that of the likeliest ones, the names are of inline softmaxes; the layers of the cache that
+    it gave back go into `filled`.
+    """
     first_error = None
-    for inputs in candidates:
+    for inputs, may_skip in itertools.product(candidates, (False, True)):
         _forget_records(model)
         del running[:]
+        token = _MAY_SKIP.set(may_skip)
         try:
             with _InlineSoftmax(running) as inline:
-                model(**_with_use_cache(model, inputs))
+                output = model(**_with_use_cache(model, inputs))
+            cache = getattr(output, "past_key_values", None)
+            if filled is not None and cache is not None:
+                filled.extend(getattr(getattr(cache, "self_attention_cache", cache), "layers", ()))
             return None, inline.found
         except Exception as error:  # whatever the family raises for arguments it does not want
             first_error = first_error or error
+        finally:
+            _MAY_SKIP.reset(token)
     return first_error or ValueError("no arguments to try: its forward has none that we know"), {}
 
 
@@ -362,11 +412,13 @@ def _unreached_towers(model: nn.Module, records: dict[str, _Record]) -> list[tup
     return towers
 
 
-def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, ...]) -> ProbedModel:
+def _sort_out(
+    model: nn.Module, records: dict[str, _Record], inline: tuple[str, ...], filled: list[CacheLayerMixin]
+) -> ProbedModel:
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}
     sharing = _names_that_share_keys(records)
     cache_layers = _cache_layers(model)
-    sites, lost, excluded, windows = [], {}, {}, {}
+    sites, lost, excluded, windows, cached = [], {}, {}, {}, {}
     for name, record in sorted(records.items(), key=lambda item: order[item[0]]):
         calls = max(record.calls, key=len)
         layer_idx = getattr(model.get_submodule(name), "layer_idx", None)
@@ -376,8 +428,6 @@ def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, 
         if reason is None and calls[0].causal:
             layer_idx = layer_idx if calls[0].layer_idx is None else calls[0].layer_idx
             reason = _why_not_cached(cache_layers, layer_idx) or _why_one_state_is_too_few(record, layer_idx)
-        if reason is None:
-            reason = REFUSED.get(model.config.model_type)
         if reason is not None:
             excluded[name] = reason
             continue
@@ -402,9 +452,17 @@ def _sort_out(model: nn.Module, records: dict[str, _Record], inline: tuple[str, 
         )
         if kept is not None:
             windows[name] = kept - 1  # the newest key is not in the cache yet when it is looked at
+        if call.causal and _has_slot(filled, layer_idx):
+            cached[name] = _numbers_per_token(filled[layer_idx])
         if model.config.model_type in PICTURE_BLOCKS and call.causal and sites[-1].part == "text":
             lost[name] = (*lost[name], LOST_PICTURE_BLOCKS)
-    return ProbedModel(sites, lost, excluded, inline, windows)
+    return ProbedModel(sites, lost, excluded, inline, windows, cached)
+
+
+def _numbers_per_token(layer: CacheLayerMixin) -> int:
+    """What a filled cache layer holds for one token of one sequence; keys and values are `[B, H, T, K]`."""
+    held = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None and x.ndim == 4]
+    return sum(x.shape[1] * x.shape[3] for x in held)
 
 
 def _why_no_site(record: _Record, calls: list[_Call]) -> str | None:

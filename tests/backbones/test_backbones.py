@@ -47,6 +47,7 @@ REFUSALS = (
     r"has no forward of its own",
     r"fills a cache with keys and values that",
     r"tracks objects in a session",
+    r"remembers what its text encoder made of earlier texts",
     r"is loaded by a from_pretrained of its own",
 )
 

@@ -6,8 +6,11 @@ import dataclasses
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
+# The token that stands for a picture, or a part of one. The texts of toy_inputs.py and dummy_inputs.py do not have it.
+IMAGE_TOKEN = 98
 # Sizes by name of the field, wherever a config class has it.
 SIZES = {
+    "image_token_id": IMAGE_TOKEN, "image_token_index": IMAGE_TOKEN,
     "hidden_size": 32, "d_model": 32, "n_embd": 32, "dim": 32, "embed_dim": 32, "embedding_size": 32, "emb_dim": 32, "width": 32, "text_embed_dim": 32, "vision_embed_dim": 32,
     "word_embed_proj_dim": 32, "embedding_dim": 32, "out_hidden_size": 32, "projection_dim": 16, "proj_dim": 16, "text_projection_size": 16, "encoder_hidden_size": 32,
     "decoder_hidden_size": 32, "hidden_dim": 64, "intermediate_size": 64, "ffn_dim": 64, "d_ff": 64, "d_inner": 64, "n_inner": 64, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
@@ -40,6 +43,7 @@ TUPLES = {
 OVERRIDES: dict[str, dict] = {
     "align": {"projection_dim": 80},
     "align_vision_model": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320, "image_size": 32},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
     "autoformer": {"prediction_length": 4, "context_length": 14, "label_length": 4, "lags_sequence": [1, 2], "moving_average": 3, "num_time_features":
         2},
     "axk2": {"num_key_value_heads": 4, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
@@ -143,6 +147,7 @@ OVERRIDES: dict[str, dict] = {
         "embed_dim": [16, 32], "num_heads": [2, 4], "num_groups": [2, 4], "window_size": 4, "projection_dim": 32},
     "fun_asr_nano": {"adaptor_config": {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 8, "projector_hidden_size": 32}},
     "fun_asr_nano_encoder": {"num_timestamp_prediction_layers": 1},
+    "gemma3": {"mm_tokens_per_image": 4},
     "gemma3n_audio": {"conf_num_attention_heads": 4, "conf_num_hidden_layers": 2, "sscp_conv_channel_size": [8, 8]},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention", "sliding_attention",
         "full_attention"]},
@@ -204,7 +209,10 @@ OVERRIDES: dict[str, dict] = {
     "lilt": {"hidden_size": 36, "channel_shrink_ratio": 1},
     "llama4_text": {"intermediate_size_mlp": 64, "num_experts_per_tok": 1, "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers":
         [1, 0]},
-    "llama4_vision_model": {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    "llama4_vision_model": {"intermediate_size": 128, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32},
+    "llava_next": {"image_grid_pinpoints": [[64, 64]]},
+    "llava_next_video": {"image_grid_pinpoints": [[64, 64]]},
+    "llava_onevision": {"image_grid_pinpoints": [[64, 64]]},
     "longcat_flash": {"head_dim": 4, "zero_expert_num": 2},
     "luke": {"entity_vocab_size": 20, "entity_emb_size": 8},
     "lw_detr": {"backbone_config": {"model_type": "lw_detr_vit", "image_size": 64, "patch_size": 8, "num_windows": 4, "hidden_size": 32,
@@ -236,6 +244,8 @@ OVERRIDES: dict[str, dict] = {
     "minicpmv4_7_vision": {"insert_layer_id": 0},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 8},
     "mistral_large4_text": {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+    "mllama_vision_model": {"intermediate_layers_indices": [0, 1], "vision_output_dim": 96, "num_global_layers": 2},
     "mm-grounding-dino": {"backbone_config": {"model_type": "swin", "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2), "embed_dim": 8, "image_size":
         64, "patch_size": 4, "window_size": 2, "mlp_ratio": 2.0, "out_indices": [2, 3, 4]}, "num_queries": 6, "encoder_n_points": 2,
         "decoder_n_points": 2, "max_text_len": 16},
@@ -276,6 +286,7 @@ OVERRIDES: dict[str, dict] = {
         "num_queries": 6, "task_seq_len": 9, "text_encoder_width": 32, "text_encoder_context_length": 9, "text_encoder_num_layers": 2,
         "text_encoder_vocab_size": 99, "text_encoder_n_ctx": 2, "encoder_feedforward_dim": 64},
     "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+    "paligemma": {"projection_dim": 32},
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4,
         "image_size": 16, "train_size": (16, 16)},
     "perception_lm": {"vision_config": {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2,
@@ -345,12 +356,14 @@ OVERRIDES: dict[str, dict] = {
         2), "sequence_reduction_ratios": (4, 2, 1, 1)},
     "qwen2_5_omni_talker": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "qwen2_5_omni_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 97},
     "qwen2_5_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}},
     "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_asr_encoder": {"n_window": 50, "n_window_infer": 100, "downsample_hidden_size": 8, "output_dim": 32},
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 97},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention"], "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
         "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 4},
     "recurrent_gemma": {"attention_window_size": 4, "block_types": ("recurrent", "attention")},
@@ -426,6 +439,7 @@ OVERRIDES: dict[str, dict] = {
     "swin": {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4, "mlp_ratio": 2.0},
     "swin2sr": {"image_size": 16, "patch_size": 1, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
     "swinv2": {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+    "t5gemma2_encoder": {"mm_tokens_per_image": 4},
     "t5gemma2_text": {"dropout_rate": 0.0, "layer_types": ["full_attention", "sliding_attention"]},
     "table-transformer": {"num_queries": 8},
     "textnet": {"stem_out_channels": 16, "hidden_sizes": [16, 16, 16, 32, 32], "image_size": [64, 64]},
@@ -444,6 +458,7 @@ OVERRIDES: dict[str, dict] = {
     "vibevoice_acoustic_tokenizer": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "vibevoice_acoustic_tokenizer_decoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "downsampling_ratios": [2, 2], "depths": [1, 1, 1]},
+    "vipllava": {"vision_feature_layers": [-2, -1]},
     "vitmatte": {"initializer_range": 0.1, "convstream_hidden_sizes": [8, 8], "fusion_hidden_sizes": [32, 16, 8]},
     "vitpose_backbone": {"image_size": [32, 16], "patch_size": [8, 8], "part_features": 8, "num_experts": 1},
     "vits": {"flow_size": 16, "spectrogram_bins": 9, "upsample_initial_channel": 16, "upsample_rates": [2, 2], "upsample_kernel_sizes": [4, 4],

@@ -92,9 +92,13 @@ def toy_model(task: str, model_type: str, seed: int = 0):
                 raise ToyConfigError(f"{size:,} parameters, more than {MAX_PARAMETERS:,}")
         torch.manual_seed(seed)
         model = cls(config).eval()
+        generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "embed" not in name and "wte" not in name:
+            starts_closed = not parameter.any() and (parameter.ndim > 1 or "gate" in name)
+            if starts_closed:  # zeros would hide what comes through a projection or a gate
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            elif parameter.ndim > 1 and "embed" not in name and "wte" not in name:
                 parameter.mul_(4.0)
     return model
 
