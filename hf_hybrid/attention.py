@@ -14,7 +14,7 @@ import types
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -82,6 +82,39 @@ class HybridAttentionMixin:
             self._hybrid_context = None
 
 
+class OwnsPositionBias:
+    """
+    Put in front of the hybrid class of T5's attention, one layer of which computes a position bias [1, H, T, KV] for all layers of its stack. Where all of
+    them are linear nobody reads it: 32,768 tokens and 8 heads would be 32 GiB of it.
+    """
+
+    # the other layers of the stack; `None`: not known, they may read it
+    _hybrid_bias_readers: tuple[nn.Module, ...] | None = None
+
+    def compute_bias(self, query_length, key_length, *args, **kwargs):
+        readers = self._hybrid_bias_readers
+        if not self.hybrid_swapped or readers is None or not all(is_linear_now(reader) for reader in readers):
+            return super().compute_bias(query_length, key_length, *args, **kwargs)
+        nothing = self.relative_attention_bias.weight.new_zeros(1, 1, 1, 1)
+        return nothing.expand(1, self.n_heads, query_length, key_length)
+
+
+def is_linear_now(module: nn.Module) -> bool:
+    """Whether a module's mixer is what computes, now."""
+    return is_hybrid_attention(module) and module.hybrid_swapped
+
+
+def note_bias_readers_(model: nn.Module) -> None:
+    """Tell every layer of `model` that computes a position bias which other layers get it. After conversions and restorations."""
+    for stack in model.modules():
+        layers = [layer for layer in stack.modules() if hasattr(type(layer), "compute_bias")]
+        # from the outside in: what counts in the end is the innermost model around a layer
+        for owner in layers if isinstance(stack, PreTrainedModel) else ():
+            if isinstance(owner, OwnsPositionBias) and getattr(owner, "has_relative_attention_bias", False):
+                shared = [layer for layer in layers if not getattr(layer, "has_relative_attention_bias", True)]
+                owner._hybrid_bias_readers = tuple(shared)
+
+
 def hybrid_attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
 ):
@@ -120,13 +153,15 @@ def hybrid_attention_forward(
         valid = valid.expand(query.shape[0], -1)
     module.last_valid = valid
     state = None if layer is None else layer.read_state()
-    segments = None
+    host_config = getattr(module, "_hybrid_host_config", None)
+    segments, chunk = None, getattr(host_config, "attention_chunk_size", None)
     if length > 1 and state is None:
-        segments = packed_segments({"position_ids": context["position_ids"], **kwargs}, valid, query)
+        segments = packed_segments(
+            {"position_ids": context["position_ids"], **kwargs}, valid, query, attention_mask if mixer.causal else None, chunk
+        )
 
     if module.custom_masks is not None:
         offset = within_keys(offset, length, 0 if attention_mask is None else attention_mask.shape[-1])
-        host_config = getattr(module, "_hybrid_host_config", None)
         module.custom_masks.check(
             attention_mask, length, mixer.causal, offset, context["past_keys"], segments, host_config
         )
@@ -214,7 +249,8 @@ def hybrid_attention_class(base: type) -> type:
             "__module__": dynamic.__name__,
             "__qualname__": qualname,
         }
-        _ATTENTION_CLASSES[base] = type("Hybrid" + base.__name__, (HybridAttentionMixin, base), namespace)
+        mixins = (OwnsPositionBias, HybridAttentionMixin) if hasattr(base, "compute_bias") else (HybridAttentionMixin,)
+        _ATTENTION_CLASSES[base] = type("Hybrid" + base.__name__, (*mixins, base), namespace)
         setattr(dynamic, qualname, _ATTENTION_CLASSES[base])
     return _ATTENTION_CLASSES[base]
 
@@ -241,13 +277,13 @@ def convert_attention_(module: nn.Module, mixer: LinearMixer) -> None:
 
 def restore_attention_(module: nn.Module) -> None:
     """Take the mixer away again, in place: class, config and parameters are the host's own."""
-    host_class = next(cls for cls in type(module).__mro__[1:] if cls is not HybridAttentionMixin)
+    host_class = next(cls for cls in type(module).__mro__[1:] if cls not in (OwnsPositionBias, HybridAttentionMixin))
     module.__class__ = host_class
     if "_hybrid_host_config" in module.__dict__:
         module.config = module.__dict__.pop("_hybrid_host_config")
     del module.hybrid
     module.__dict__.pop("hybrid_swapped", None)
-    for attribute in ("_hybrid_context", "last_valid", "custom_masks"):
+    for attribute in ("_hybrid_context", "_hybrid_bias_readers", "last_valid", "custom_masks"):
         module.__dict__.pop(attribute, None)
     _rebind_wrapped_forward(module)
 
@@ -268,5 +304,7 @@ __all__ = [
     "hybrid_attention_class",
     "hybrid_attention_forward",
     "is_hybrid_attention",
+    "is_linear_now",
+    "note_bias_readers_",
     "restore_attention_",
 ]

@@ -61,27 +61,56 @@ def within_keys(offset, length: int, num_keys: int):
     return offset.clamp_max(most) if torch.is_tensor(offset) else min(offset, most)
 
 
-def packed_segments(kwargs: dict, valid: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+def packed_segments(
+    kwargs: dict, valid: torch.Tensor | None, query: torch.Tensor, mask=None, chunk: int | None = None
+) -> torch.Tensor | None:
     """
     Packed sequence of every token, int `[B, T]`, or `None` when each row is one sequence.
 
-    Read from `cu_seq_lens_q`, else from restarts of `position_ids` (the rule of `find_packed_sequence_indices` in transformers).
-    Padding may have any positions: a restart counts only between tokens that exist.
+    Read from `cu_seq_lens_q`, else from restarts of `position_ids` (the rule of `find_packed_sequence_indices` in transformers) and from the mask: a token
+    that does not see the one before it begins a sequence. Padding may have any positions: only what lies between tokens that exist counts.
+
+    Args:
+        kwargs (`dict`): `cu_seq_lens_q` and `position_ids`, if the layer is given them.
+        valid (`torch.Tensor`, *optional*): Which tokens exist, bool `[B, T]`.
+        query (`torch.Tensor`): `[B, T, H, K]`; only its shape and device are used.
+        mask (*optional*): Of a causal layer without past tokens, `[B, 1 or H, T, T or more]`.
+        chunk (`int`, *optional*): Tokens that the host's chunked attention sees at once. What its masks hide at every multiple is no beginning (a text of
+            just so many tokens cannot be told from a chunk, and is taken for one).
     """
     batch, length = query.shape[:2]
     boundaries = kwargs.get("cu_seq_lens_q")
     if boundaries is not None:
         index = torch.arange(length, device=query.device)
         return torch.bucketize(index, boundaries[1:].to(index), right=True)[None].expand(batch, -1)
-    positions = kwargs.get("position_ids")
-    if torch.compiler.is_compiling() or positions is None or positions.ndim != 2 or positions.shape[-1] != length:
+    if torch.compiler.is_compiling():
         return None
-    starts = torch.diff(positions, dim=-1) != 1
-    if valid is not None:
-        starts = starts & valid[:, 1:] & valid[:, :-1]
+    exist_both = None if valid is None else valid[:, 1:] & valid[:, :-1]
+    starts = torch.zeros(1, length - 1, dtype=torch.bool, device=query.device)
+    positions = kwargs.get("position_ids")
+    if positions is not None and positions.ndim == 2 and positions.shape[-1] == length:
+        starts = torch.diff(positions, dim=-1) != 1
+        starts = starts if exist_both is None else starts & exist_both
+    if torch.is_tensor(mask) and mask.ndim == 4 and mask.shape[-2] == length and mask.shape[-1] >= length:
+        hidden = ~shown(mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)[..., : length - 1])
+        hidden = hidden if exist_both is None else hidden & exist_both
+        if chunk is not None:
+            _forget_chunks(hidden, valid, chunk)
+        starts = starts | hidden
     if not bool(starts.any()):
         return None
     return torch.cat([starts.new_zeros(starts.shape[0], 1), starts], dim=1).cumsum(-1).expand(batch, -1)
+
+
+def _forget_chunks(starts: torch.Tensor, valid: torch.Tensor | None, chunk: int) -> None:
+    """Take out of `starts`, `[B, T - 1]`, in place, where only a chunk of the same text begins."""
+    for row in range(starts.shape[0]):
+        begin = 0 if valid is None else int(valid[row].int().argmax())
+        for start in (starts[row].nonzero()[:, 0] + 1).tolist():
+            if (start - begin) % chunk == 0:
+                starts[row, start - 1] = False
+            else:
+                begin = start
 
 
 # The forward's arguments that may be a mask over the tokens of a text.
@@ -146,8 +175,8 @@ class CustomMasks:
                 problem = "lets tokens see later ones" if later else "hides more"
         if problem is not None:
             raise UnsupportedModelError(
-                f"A linear layer follows masks that hide padding{' and the future' if causal else ''}; the 4D attention mask of shape {list(mask.shape)} "
-                f"{problem}. Pass a mask [B, T] of the tokens that exist; mark packed sequences by position_ids that restart."
+                f"A linear layer follows masks that hide padding{', the future and other packed sequences' if causal else ''}; the 4D attention mask of shape {list(mask.shape)} "
+                f"{problem}. Pass a mask [B, T] of the tokens that exist; packed sequences are fine, also by position_ids that restart."
             )
         self._fine[key] = mask
 

@@ -36,6 +36,7 @@ from .attention import (
     attention_class_from_qualname,
     convert_attention_,
     is_hybrid_attention,
+    note_bias_readers_,
     restore_attention_,
 )
 from .cache import linear_cache_layer
@@ -226,6 +227,7 @@ def become_hybrid_(
     model: PreTrainedModel, sites: dict[str, tuple[AttentionSite, dict]], projections: str = "shared"
 ) -> None:
     """Give `model` and its config their mirror classes and write down its linear sites; the modules are converted already."""
+    note_bias_readers_(model)
     config = model.config
     if isinstance(config, HybridConfigMixin):
         base = config.hybrid["base_model"]
@@ -285,6 +287,7 @@ class HybridModelMixin:
             if weight.device.type != "meta":
                 mixer.to(device=weight.device).init_weights()
             convert_attention_(module, mixer)
+        note_bias_readers_(self)
         self._hybrid_built = True
 
     def hybrid_auto_map(self) -> dict[str, str]:

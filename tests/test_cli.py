@@ -289,6 +289,20 @@ def test_inspect_loads_the_weights_where_the_config_is_not_enough(tmp_path, caps
     assert "2 of these layers would lose" in capsys.readouterr().out
 
 
+def test_inspect_counts_latents(tmp_path, capsys):
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, vocab_size=99, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=1,
+        moe_intermediate_size=16, first_k_dense_replace=4, architectures=["DeepseekV3ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert run("inspect", tmp_path) == 0
+    # 4 layers x (latent of 8 + rotary key of 4) x 4 bytes: not the 4 heads x (8 + 8) that are made from them
+    assert f"{4 * 12 * 4 * 32768 / 2**20:.1f} MiB" in capsys.readouterr().out
+
+
 def test_inspect_counts_what_windows_keep(tmp_path, capsys):
     from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 

@@ -47,10 +47,11 @@ def test_a_4d_mask_that_hides_padding_and_the_future_is_followed(dtype, layers):
 
 def two_documents(mask):
     mask[..., 4:, :4] = False
+    return mask
 
 
 def first_token_hidden_from_one(mask):
-    mask[..., 5, 0] = False
+    mask[..., 3, 0] = False
 
 
 def one_head_sees_less(mask):
@@ -58,14 +59,17 @@ def one_head_sees_less(mask):
 
 
 @pytest.mark.parametrize("layers", [[0], None])
-@pytest.mark.parametrize("change", [two_documents, first_token_hidden_from_one, one_head_sees_less])
+@pytest.mark.parametrize(
+    "change",
+    [first_token_hidden_from_one, one_head_sees_less, lambda mask: first_token_hidden_from_one(two_documents(mask))],
+)
 def test_a_4d_mask_that_hides_more_is_refused(change, layers):
     model, mask = hybrid(layers=layers), causal_mask(9).expand(-1, 4, -1, -1).clone()
     change(mask)
     for call in (lambda: model(tokens(), attention_mask=mask), lambda: model(tokens(), mask)):
         with pytest.raises(
             UnsupportedModelError,
-            match=r"follows masks that hide padding and the future; the 4D attention mask of shape \[2, 4, 9, 9\] hides more",
+            match=r"padding, the future and other packed sequences; the 4D attention mask of shape \[2, 4, 9, 9\] hides more",
         ):
             call()
 
@@ -115,7 +119,7 @@ def test_students_do_not_learn_from_masks_they_cannot_follow():
     from hf_hybrid.distillation import prepare_distillation_
 
     model, mask = prepare_distillation_(tiny_model(), SMALL_MIXER), causal_mask(9)
-    two_documents(mask)
+    first_token_hidden_from_one(mask)
     model.eval()
     assert model(tokens(), attention_mask=mask).logits.isfinite().all()  # the teacher
     model.train()
@@ -165,7 +169,7 @@ def test_masks_in_a_dict_and_block_masks():
     ids = tokens()
     same = {"full_attention": mask, "sliding_attention": mask}
     assert_close("dict", model(ids, attention_mask=same).logits, model(ids).logits, 1e-5)
-    two_documents(mask)
+    first_token_hidden_from_one(mask)
     with pytest.raises(UnsupportedModelError, match="hides more"):
         model(ids, attention_mask=same)
 
@@ -178,6 +182,21 @@ def test_masks_in_a_dict_and_block_masks():
     blocks = create_block_mask(lambda b, h, q, k: (q >= k) & ((q < 4) == (k < 4)), 2, None, 9, 9, device="cpu")
     with pytest.raises(UnsupportedModelError, match="hides more"):
         model(ids, attention_mask=blocks)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral"])
+@pytest.mark.parametrize("layers", [[0], None])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_4d_mask_of_packed_rows_is_followed(family, layers, dtype):
+    model, ids, mask = hybrid(family, layers), tokens(), causal_mask(9, dtype)
+    mask[..., 4:, :4] = False if dtype == torch.bool else torch.finfo(dtype).min
+    with torch.no_grad():
+        both = model(ids, attention_mask=mask).logits
+        first = model(ids[:, :4]).logits
+        second = model(
+            ids[:, 4:], position_ids=torch.arange(4, 9)[None]
+        ).logits  # the mask alone does not start positions again
+        assert_close("packed", both, torch.cat([first, second], dim=1), 1e-5)
 
 
 def test_packed_rows_may_be_marked_twice():

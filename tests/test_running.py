@@ -1,18 +1,22 @@
 """Ways of running a hybrid: what people do with a transformers model, they do with a hybrid."""
 
+import copy
+import pickle
 import threading
 
+import accelerate
 import pytest
 import torch
 import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
-from hf_hybrid import convert_to_hybrid, find_attention_sites
+from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
 from hf_hybrid.cache import HybridLinearLayer
 from hf_hybrid.errors import HybridConfigError, UnsupportedModelError
 from hf_hybrid.mixers.base import LinearMixer
 
+from backbones.toy_models import toy_model
 from helpers import SMALL_MIXER, assert_close
 from mixer_settings import MIXERS
 from tiny_models import perturb_mixers, tiny_llava, tiny_model
@@ -398,3 +402,86 @@ def test_the_cache_of_t5_does_not_hold_on_to_keys():
             assert layer.full_length_keys and layer.new_key_values is None
             sizes.append(layer.state_bytes())
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_a_position_bias_that_nobody_reads_is_not_computed(tmp_path):
+    model, ids = convert_to_hybrid(t5(), "linear_attention", ["encoder"]), tokens(2, 64)
+    first = model.encoder.block[0].layer[0].SelfAttention
+    hidden_states = torch.randn(2, 64, 32)
+
+    def bytes_of_bias():
+        return first(hidden_states)[1].untyped_storage().nbytes()
+
+    with torch.no_grad():
+        expected = model.get_encoder()(ids).last_hidden_state
+        assert bytes_of_bias() < 100
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other.get_encoder()(ids).last_hidden_state, expected)
+            assert first not in other.encoder.block[0].layer[0].SelfAttention._hybrid_bias_readers
+        model.save_pretrained(tmp_path)
+        again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+        first = again.encoder.block[0].layer[0].SelfAttention
+        assert bytes_of_bias() < 100
+        assert torch.equal(again.get_encoder()(ids).last_hidden_state, expected)
+        # as soon as somebody reads it again, it is there
+        again.encoder.block[2].layer[0].SelfAttention.hybrid_swapped = False
+        assert bytes_of_bias() == 4 * 64 * 64 * 4
+        first._hybrid_bias_readers = None
+        assert torch.equal(model.get_encoder()(ids).last_hidden_state, expected)
+    with torch.no_grad():
+        softmax_again = again.get_encoder()(ids).last_hidden_state
+        restored = restore_full_attention(model).get_encoder()(ids).last_hidden_state
+        assert torch.equal(restored, t5().get_encoder()(ids).last_hidden_state)
+        assert not torch.equal(softmax_again, expected)
+
+
+RECURRENT_HOSTS = ("zamba", "zamba2", "zaya", "inkling_text", "falcon_h1", "mllama")
+
+
+@pytest.mark.parametrize("model_type", RECURRENT_HOSTS)
+@pytest.mark.parametrize("layers", [None, [0]])
+@pytest.mark.filterwarnings("ignore:.*layers lose")
+def test_a_static_cache_with_more_than_keys_in_it(model_type, layers):
+    model = convert_to_hybrid(toy_model("causal-lm", model_type), "linear_attention", layers)
+    static = model.generate(tokens(), cache_implementation="static", disable_compile=True, **GREEDY)
+    assert torch.equal(static, model.generate(tokens(), **GREEDY))
+
+
+def test_layers_offloaded_as_a_whole_are_refused():
+    model = tiny_model()
+    accelerate.cpu_offload(model, torch.device("cpu"), preload_module_classes=["LlamaAttention"])
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn is offloaded as a whole"):
+        convert_to_hybrid(model, SMALL_MIXER)
+    assert model(tokens()).logits.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------- what the dry forward leaves
+
+
+@pytest.mark.parametrize("task, model_type", [("base", "splinter"), ("base", "clap"), ("zero-shot-image", "align")])
+def test_text_encoders_that_are_given_no_mask_are_bidirectional(task, model_type):
+    assert {site.causal for site in find_attention_sites(toy_model(task, model_type))} == {False}
+
+
+def test_the_dry_forward_leaves_a_host_that_changes_with_its_input_as_it_was():
+    model = toy_model("seq2seq-lm", "bigbird_pegasus").train()
+    encoder, modules = model.get_encoder(), dict(model.named_modules())
+    assert encoder.attention_type == "block_sparse"  # short texts turn it, for good, to full attention
+    find_attention_sites(model)
+    assert encoder.attention_type == "block_sparse"
+    assert dict(model.named_modules()) == modules and all(module.training for module in modules.values())
+
+
+def test_the_dry_forward_draws_no_random_numbers_and_fills_no_tables():
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    model = toy_model("base", "vit_mae")  # masks patches at random, in evaluation too
+    torch.manual_seed(3)
+    find_attention_sites(model)
+    assert torch.equal(torch.rand(3), expected)
+    model = toy_model("image-classification", "levit").train()  # keeps biases by position until it is trained again
+    with pytest.raises(UnsupportedModelError):
+        find_attention_sites(model)
+    tables = [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")]
+    assert tables and not any(tables)

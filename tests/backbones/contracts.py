@@ -200,6 +200,25 @@ def difference_of_right_padding(backbone: Backbone) -> float:
     return _padding(backbone, "right")
 
 
+def difference_of_packed_rows(backbone: Backbone) -> float:
+    """Two texts in one row, told by positions that begin again, are two texts."""
+    name = "decoder_input_ids" if "decoder_input_ids" in backbone.inputs else "input_ids"
+    if "position_ids" not in backbone.parameters or name != "input_ids":
+        raise DoesNotApply
+    ids = backbone.inputs[name]
+    length = ids.shape[1]
+    positions = torch.arange(length).repeat(2)[None]
+    rest = {key: value for key, value in backbone.inputs.items() if key not in (name, "attention_mask")}
+    if rest or ids.shape[0] != 2:
+        raise DoesNotApply
+    output = backbone.output(input_ids=ids.reshape(1, -1), position_ids=positions, **_without_cache(backbone))
+    return relative_error(output.reshape(2, length, -1), whole_output(backbone).reshape(2, length, -1))
+
+
+def _without_cache(backbone: Backbone) -> dict:
+    return {"use_cache": False} if "use_cache" in backbone.parameters else {}  # with one, transformers does not look for packed rows
+
+
 def difference_of_later_tokens(backbone: Backbone) -> float:
     """The last token changes nothing before it."""
     name = "decoder_input_ids" if "decoder_input_ids" in backbone.inputs else "input_ids"
@@ -261,6 +280,7 @@ MEASUREMENTS = {
     "generation": difference_of_generation,
     "left padding": difference_of_left_padding,
     "right padding": difference_of_right_padding,
+    "packed rows": difference_of_packed_rows,
     "later tokens": difference_of_later_tokens,
     "with pictures": output_with_pictures,
     "generation with pictures": difference_of_generation_with_pictures,
@@ -443,6 +463,7 @@ CONVERTED = {
     "generation": _same_number("generation"),
     "left padding": _same_number("left padding"),
     "right padding": _same_number("right padding"),
+    "packed rows": _same_number("packed rows"),
     "pictures": pictures,  # after those on text alone: generation after a picture leaves a shift of positions in some models
     "save and load": save_and_load,
     "deepcopy": deepcopy,
