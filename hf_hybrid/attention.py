@@ -153,18 +153,16 @@ def hybrid_attention_forward(
         valid = valid.expand(query.shape[0], -1)
     module.last_valid = valid
     state = None if layer is None else layer.read_state()
-    host_config = getattr(module, "_hybrid_host_config", None)
+    host_config, custom = getattr(module, "_hybrid_host_config", None), module.custom_masks
     segments, chunk = None, getattr(host_config, "attention_chunk_size", None)
     if length > 1 and state is None:
-        segments = packed_segments(
-            {"position_ids": context["position_ids"], **kwargs}, valid, query, attention_mask if mixer.causal else None, chunk
-        )
-
-    if module.custom_masks is not None:
+        # where a layer is bidirectional, only a user's mask is read: what towers hide from their tokens are windows
+        told_by_mask = mixer.causal or (custom is not None and custom.includes(attention_mask))
+        positions = {"position_ids": context["position_ids"], **kwargs}
+        segments = packed_segments(positions, valid, query, attention_mask if told_by_mask else None, chunk)
+    if custom is not None:
         offset = within_keys(offset, length, 0 if attention_mask is None else attention_mask.shape[-1])
-        module.custom_masks.check(
-            attention_mask, length, mixer.causal, offset, context["past_keys"], segments, host_config
-        )
+        custom.check(attention_mask, length, mixer.causal, offset, context["past_keys"], segments, host_config)
 
     output, state = mixer(
         query,

@@ -74,7 +74,7 @@ def packed_segments(
         kwargs (`dict`): `cu_seq_lens_q` and `position_ids`, if the layer is given them.
         valid (`torch.Tensor`, *optional*): Which tokens exist, bool `[B, T]`.
         query (`torch.Tensor`): `[B, T, H, K]`; only its shape and device are used.
-        mask (*optional*): Of a causal layer without past tokens, `[B, 1 or H, T, T or more]`.
+        mask (*optional*): Of a layer without past tokens, `[B, 1 or H, T, T or more]`.
         chunk (`int`, *optional*): Tokens that the host's chunked attention sees at once. What its masks hide at every multiple is no beginning (a text of
             just so many tokens cannot be told from a chunk, and is taken for one).
     """
@@ -134,6 +134,11 @@ class CustomMasks:
         default_factory=dict
     )  # the masks themselves, so that no id is used twice
 
+    def includes(self, mask) -> bool:
+        """Whether `mask` may be one of those given: it has the queries and keys of one."""
+        is_mask = (torch.is_tensor(mask) and mask.ndim == 4) or type(mask).__name__ == "BlockMask"
+        return is_mask and tuple(mask.shape[-2:]) in self.shapes
+
     def check(
         self, mask, length: int, causal: bool, offset, past_keys: int, segments, config: PreTrainedConfig
     ) -> None:
@@ -153,14 +158,12 @@ class CustomMasks:
         Raises:
             UnsupportedModelError: If the mask says more than the layer can follow.
         """
-        if length == 1 or torch.compiler.is_compiling() or mask is None:
+        if length == 1 or torch.compiler.is_compiling() or not self.includes(mask):
             return
-        block = type(mask).__name__ == "BlockMask"
-        if not block and (not torch.is_tensor(mask) or mask.ndim != 4 or mask.device.type == "meta"):
-            return
+        block = not torch.is_tensor(mask)
         window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
         key = (id(mask), causal, window, chunk)
-        if tuple(mask.shape[-2:]) not in self.shapes or key in self._fine:
+        if key in self._fine or (not block and mask.device.type == "meta"):
             return
         seen, biased = _dense(mask) if block else _seen(mask)
         problem = "adds numbers to scores (or hides by another number than the dtype's lowest)" if biased else None
@@ -175,7 +178,7 @@ class CustomMasks:
                 problem = "lets tokens see later ones" if later else "hides more"
         if problem is not None:
             raise UnsupportedModelError(
-                f"A linear layer follows masks that hide padding{', the future and other packed sequences' if causal else ''}; the 4D attention mask of shape {list(mask.shape)} "
+                f"A linear layer follows masks that hide padding{', the future' if causal else ''} and other packed sequences; the 4D attention mask of shape {list(mask.shape)} "
                 f"{problem}. Pass a mask [B, T] of the tokens that exist; packed sequences are fine, also by position_ids that restart."
             )
         self._fine[key] = mask
@@ -203,22 +206,21 @@ def _forms(seen, causal, offset, past_keys, segments, window, chunk, pictures) -
     at = torch.arange(queries, device=seen.device) + offset
     # what a padded query sees is nobody's business
     real = exists[..., 0, :].gather(-1, at.clamp_max(keys - 1).expand(*seen.shape[:2], -1))[..., None]
+    packed = segments is not None and keys == queries
+    same = segments[:, None, :, None] == segments[:, None, None, :] if packed else torch.ones_like(seen[..., :1])
     if not causal:
-        yield (seen == exists) | ~real
+        yield (seen == (exists & same)) | ~real
         return
     column = torch.arange(keys, device=seen.device)
     past = column <= at[:, None]
-    yield (seen == (exists & past)) | ~real
+    yield (seen == (exists & past & same)) | ~real
     if pictures:
         yield ((seen & past) == (exists & past)) | ~real
-    if segments is not None and keys == queries:
-        same = segments[:, None, :, None] == segments[:, None, None, :]
-        yield (seen == (exists & past & same)) | ~real
     if window is not None:
-        yield (seen == (exists & past & (at[:, None] - column < window))) | ~real
+        yield (seen == (exists & past & same & (at[:, None] - column < window))) | ~real
     if chunk is not None:
-        same = (column + past_keys) // chunk == (at[:, None] + past_keys) // chunk
-        yield (seen == (exists & past & same)) | ~real
+        chunks = (column + past_keys) // chunk == (at[:, None] + past_keys) // chunk
+        yield (seen == (exists & past & chunks)) | ~real
 
 
 def given_masks(args: tuple, kwargs: dict) -> set[tuple[int, int]]:

@@ -111,7 +111,9 @@ def test_masks_of_encoders_hide_the_same_from_all_tokens():
         expected = model(ids, attention_mask=two).last_hidden_state[:, :6]
         wide = two.bool()[:, None, None].expand(-1, 1, 9, -1)
         assert_close("4D", model(ids, attention_mask=wide).last_hidden_state[:, :6], expected, 1e-5)
-        with pytest.raises(UnsupportedModelError, match=r"masks that hide padding; the 4D attention mask"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"masks that hide padding and other packed sequences; the 4D attention mask"
+        ):
             model(ids, attention_mask=causal_mask(9))
 
 
@@ -197,6 +199,24 @@ def test_a_4d_mask_of_packed_rows_is_followed(family, layers, dtype):
             ids[:, 4:], position_ids=torch.arange(4, 9)[None]
         ).logits  # the mask alone does not start positions again
         assert_close("packed", both, torch.cat([first, second], dim=1), 1e-5)
+
+
+def test_packed_rows_of_an_encoder_are_followed():
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
+    )
+    torch.manual_seed(0)
+    model, ids = convert_to_hybrid(transformers.BertModel(config).eval(), "linear_attention"), tokens()
+    mask = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    mask[..., :4, :4] = mask[..., 4:, 4:] = True
+    with torch.no_grad():
+        both = model(ids, attention_mask=mask).last_hidden_state
+        first = model(ids[:, :4]).last_hidden_state
+        second = model(ids[:, 4:], position_ids=torch.arange(4, 9)[None]).last_hidden_state
+        assert_close("packed", both, torch.cat([first, second], dim=1), 1e-5)
+        mask[..., 0, 2] = False
+        with pytest.raises(UnsupportedModelError, match="hides more"):
+            model(ids, attention_mask=mask)
 
 
 def test_packed_rows_may_be_marked_twice():

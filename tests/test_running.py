@@ -8,6 +8,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from backbones.toy_models import toy_model
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
@@ -16,7 +17,6 @@ from hf_hybrid.cache import HybridLinearLayer
 from hf_hybrid.errors import HybridConfigError, UnsupportedModelError
 from hf_hybrid.mixers.base import LinearMixer
 
-from backbones.toy_models import toy_model
 from helpers import SMALL_MIXER, assert_close
 from mixer_settings import MIXERS
 from tiny_models import perturb_mixers, tiny_llava, tiny_model

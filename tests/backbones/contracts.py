@@ -216,7 +216,9 @@ def difference_of_packed_rows(backbone: Backbone) -> float:
 
 
 def _without_cache(backbone: Backbone) -> dict:
-    return {"use_cache": False} if "use_cache" in backbone.parameters else {}  # with one, transformers does not look for packed rows
+    return (
+        {"use_cache": False} if "use_cache" in backbone.parameters else {}
+    )  # with one, transformers does not look for packed rows
 
 
 def difference_of_later_tokens(backbone: Backbone) -> float:
