@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import linear_cache_layer
 from .errors import CheckpointError, UnsupportedModelError
-from .masks import CustomMasks, packed_segments, valid_tokens, within_keys
+from .masks import CustomMasks, Span, packed_segments, valid_tokens, within_keys
 from .mixers import LinearMixer
 from .ports import find_port
 
@@ -63,7 +63,7 @@ class HybridAttentionMixin:
         hidden_states = argument("hidden_states")
         if hidden_states is None and args:
             hidden_states = args[0]
-        context = {"hidden_states": hidden_states, "layer": None, "offset": None, "past_keys": 0, "calls": 0}
+        context = {"hidden_states": hidden_states, "layer": None, "offset": None, "calls": 0}
         context["position_ids"] = kwargs.get("position_ids")
         cache = next((c for c in map(argument, CACHE_ARGUMENTS) if c is not None), None)
         layer_idx = argument("layer_idx")  # a module used at several depths is told which one
@@ -74,7 +74,6 @@ class HybridAttentionMixin:
             layer.full_length_keys = bool(getattr(self, "has_relative_attention_bias", False))
             offset = layer.mask_offset()  # before the host's attention advances the counter
             context["layer"], context["offset"] = layer, offset.clone() if torch.is_tensor(offset) else offset
-            context["past_keys"] = layer.get_mask_sizes(1)[1]
         self._hybrid_context = context
         try:
             return host_forward(*args, **kwargs)
@@ -111,8 +110,13 @@ def note_bias_readers_(model: nn.Module) -> None:
         # from the outside in: what counts in the end is the innermost model around a layer
         for owner in layers if isinstance(stack, PreTrainedModel) else ():
             if isinstance(owner, OwnsPositionBias) and getattr(owner, "has_relative_attention_bias", False):
-                shared = [layer for layer in layers if not getattr(layer, "has_relative_attention_bias", True)]
-                owner._hybrid_bias_readers = tuple(shared)
+                owner._hybrid_bias_readers = tuple(layer for layer in layers if _reads_bias_of(owner, layer))
+
+
+def _reads_bias_of(owner: nn.Module, layer: nn.Module) -> bool:
+    """Layers of the stack without a bias of their own; cross-attention, not causal in a causal stack, begins with zeros."""
+    same_kind = getattr(layer, "is_causal", None) == getattr(owner, "is_causal", None)
+    return same_kind and not getattr(layer, "has_relative_attention_bias", True)
 
 
 def hybrid_attention_forward(
@@ -153,16 +157,15 @@ def hybrid_attention_forward(
         valid = valid.expand(query.shape[0], -1)
     module.last_valid = valid
     state = None if layer is None else layer.read_state()
-    host_config, custom = getattr(module, "_hybrid_host_config", None), module.custom_masks
-    segments, chunk = None, getattr(host_config, "attention_chunk_size", None)
+    span = Span.of(module, getattr(module, "_hybrid_host_config", None))
+    segments = None
     if length > 1 and state is None:
-        # where a layer is bidirectional, only a user's mask is read: what towers hide from their tokens are windows
-        told_by_mask = mixer.causal or (custom is not None and custom.includes(attention_mask))
         positions = {"position_ids": context["position_ids"], **kwargs}
-        segments = packed_segments(positions, valid, query, attention_mask if told_by_mask else None, chunk)
-    if custom is not None:
+        segments = packed_segments(positions, valid, query, attention_mask, mixer.causal, span)
+    if module.custom_masks is not None and length > 1 and not torch.compiler.is_compiling():
         offset = within_keys(offset, length, 0 if attention_mask is None else attention_mask.shape[-1])
-        custom.check(attention_mask, length, mixer.causal, offset, context["past_keys"], segments, host_config)
+        past = None if layer is None else layer.real_tokens_seen(before=length)
+        module.custom_masks.check(attention_mask, length, mixer.causal, offset, segments, span, past)
 
     output, state = mixer(
         query,
@@ -185,6 +188,7 @@ def hybrid_attention_forward(
                 return module.hybrid(*cut, valid=cut_valid, state=before, output_final_state=True)[1]
 
         layer.write_state(state, replay, length)
+        layer.count(valid, length)
     return output, None
 
 

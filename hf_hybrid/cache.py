@@ -60,6 +60,9 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         # Whether `update` returns keys as long as a softmax layer's would be, for hosts that measure them: the last entries are the new ones
         self.full_length_keys = False
         self.new_key_values: tuple[torch.Tensor, torch.Tensor] | None = None
+        # tokens that were no padding, per row; of so many tokens in all (compiled steps are not counted)
+        self._real_tokens: int | torch.Tensor = 0
+        self._counted = 0
         # with `record_past`: (state before, function that replays the first n tokens of the call, tokens of the call)
         self._calls: list[tuple[State | None, Callable[[State | None, int], State], int]] = []
 
@@ -148,6 +151,16 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
                 self.update_recurrent_state(x, i)
             self.has_previous_state[i] = True
 
+    def count(self, valid: torch.Tensor | None, num_tokens: int) -> None:
+        """Note how many of the tokens of a call existed, by `valid` [B, T]; `None`: all of them."""
+        if not torch.compiler.is_compiling():
+            self._counted += num_tokens
+            self._real_tokens = self._real_tokens + (num_tokens if valid is None else valid.sum(-1))
+
+    def real_tokens_seen(self, before: int) -> int | torch.Tensor | None:
+        """Tokens in the state that were no padding, `[B]` or for all rows, when `before` new ones are counted as seen already; `None`: not known."""
+        return self._real_tokens if self._counted == int(self.get_seq_length()) - before else None
+
     def state_bytes(self) -> int:
         """Bytes held for this layer, whatever the number of tokens."""
         held = [*self.recurrent_states.values(), *self.conv_states.values()]
@@ -182,12 +195,14 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
             self.cumulative_length -= size - kept
             left -= size - kept
         self._calls = []  # only what came after the last crop can be removed
+        self._counted = -1  # not known any more
 
     # -- housekeeping
 
     def reset(self):
         LinearAttentionLayer.reset(self)
         self._calls = []
+        self._real_tokens = self._counted = 0
         if isinstance(self.cumulative_length, torch.Tensor):
             self.cumulative_length.zero_()
         else:
@@ -195,6 +210,7 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
 
     def reorder_cache(self, beam_idx):
         LinearAttentionLayer.reorder_cache(self, beam_idx)
+        self._map_real_tokens(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats):
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -202,7 +218,12 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
     def batch_select_indices(self, indices):
         self._map(lambda x: x[indices, ...])
 
+    def _map_real_tokens(self, function):
+        if isinstance(self._real_tokens, torch.Tensor):
+            self._real_tokens = function(self._real_tokens)
+
     def _map(self, function):
+        self._map_real_tokens(function)
         for i in range(self.number_of_states):
             if self.is_recurrent_states_initialized[i]:
                 self.recurrent_states[i] = function(self.recurrent_states[i])

@@ -23,7 +23,7 @@ from .attention import CACHE_ARGUMENTS, convert_attention_
 from .configuration_hybrid import AttentionSite, check_selection
 from .errors import AlreadyHybridError, HybridConfigError, closest
 from .losses import normalized_mse
-from .masks import checking_masks, given_masks
+from .masks import tell_of_masks
 from .mixers import INITIALIZATIONS, MixerConfig, check_initialization, resolve_mixer_config
 from .modeling_hybrid import (
     HybridModelMixin,
@@ -34,6 +34,7 @@ from .modeling_hybrid import (
     replace_config_,
     warn_of_losses,
 )
+from .offload import check_not_preloaded
 from .probe import probe_attention
 
 
@@ -141,13 +142,7 @@ class DistillModelMixin:
     window_dropout = 0.0
 
     def _distill_forward(self, task_forward, *args, **kwargs):
-        shapes = given_masks(args, kwargs)
-        if not shapes:
-            return self._forward_of_mode(task_forward, *args, **kwargs)
-        with checking_masks(self, shapes, (site.student for site in self.distill_sites.values())):
-            return self._forward_of_mode(task_forward, *args, **kwargs)
-
-    def _forward_of_mode(self, task_forward, *args, **kwargs):
+        tell_of_masks(self, args, kwargs, lambda: (site.student for site in self.distill_sites.values()))
         if not self.training:
             return task_forward(*args, **kwargs)
         record = _LossRecord(self.recompute_students, self.window_dropout)
@@ -247,6 +242,7 @@ def prepare_distillation_(
     initialization = check_initialization(initialization)
     probed = probe_attention(model, example_inputs)
     chosen = check_selection(layers, probed.sites, describe(model))
+    check_not_preloaded(model, [site.name for site in chosen])
     modules = dict(model.named_modules())
     built = {}
     for site in chosen:

@@ -51,7 +51,7 @@ from .configuration_hybrid import (
     on_new_family,
 )
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
-from .masks import checking_masks, given_masks
+from .masks import tell_of_masks
 from .mixers import (
     INITIALIZATIONS,
     LinearMixer,
@@ -145,6 +145,7 @@ def convert_to_hybrid(
             raise AlreadyHybridError(
                 f"{site.name} of {describe(model)} is converted already. Call restore_full_attention(model) first, or select other layers."
             )
+    check_not_preloaded(model, [site.name for site in chosen])
     # build everything before touching anything: a mixer that refuses leaves the model as it was
     mixers = {site.name: new_mixer(config, site, modules[site.name], initialization) for site in chosen}
     warn_of_losses({site.name: probed.lost[site.name] for site in chosen})
@@ -202,7 +203,6 @@ def new_mixer(
     config: MixerConfig, site: AttentionSite, module: nn.Module, initialization: Collection[str] = INITIALIZATIONS
 ) -> LinearMixer:
     """A freshly initialised mixer for `site`, on the device and in the dtype of the attention it stands in for."""
-    check_not_preloaded(module, site.name)
     mixer = build_mixer(config.fitted(site.causal), **site.sizes())
     weight = next(module.parameters())
     mixer.init_weights(initialization)
@@ -455,11 +455,8 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
 
         @functools.wraps(base.forward)
         def forward(self, *args, **kwargs):
-            shapes = given_masks(args, kwargs)
-            if not shapes or torch.compiler.is_compiling():
-                return base.forward(self, *args, **kwargs)
-            with checking_masks(self, shapes, filter(is_hybrid_attention, self.modules())):
-                return base.forward(self, *args, **kwargs)
+            tell_of_masks(self, args, kwargs, lambda: filter(is_hybrid_attention, self.modules()))
+            return base.forward(self, *args, **kwargs)
 
         namespace = {
             "__init__": __init__,

@@ -19,18 +19,23 @@ def execution_device(module: nn.Module) -> torch.device:
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
-def check_not_preloaded(module: nn.Module, name: str) -> None:
+def check_not_preloaded(model: nn.Module, sites: list[str]) -> None:
     """
     Raises:
-        UnsupportedModelError: If one hook around `module` fetches the weights of all its parts (`preload_module_classes`): it would look for those of a
-            mixer, too, where they are not.
+        UnsupportedModelError: If one hook on a site, or around it, fetches the weights of all parts inside (`preload_module_classes`): it would look for
+            those of a mixer, too, where they are not.
     """
-    hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
-            raise UnsupportedModelError(
-                f"{name} is offloaded as a whole (preload_module_classes). Offload the model without that, or convert it before it is offloaded."
-            )
+    for site in sites:
+        pieces = site.split(".")
+        for end in range(len(pieces) + 1):
+            path = ".".join(pieces[:end])
+            hook = getattr(model.get_submodule(path), "_hf_hook", None)
+            for one in getattr(hook, "hooks", (hook,)):
+                if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
+                    raise UnsupportedModelError(
+                        f"{path or type(model).__name__} is offloaded as a whole (preload_module_classes). Offload the model without that, or convert it before "
+                        "it is offloaded."
+                    )
 
 
 def load_offloaded_mixers_whole(model: nn.Module) -> None:

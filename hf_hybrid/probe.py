@@ -259,23 +259,24 @@ def _recording(model: nn.Module):
         _forget_records(model)
 
 
-def _attributes(module: nn.Module) -> dict:
-    """What a forward may leave on a module: states, tables it looked up, another kind of attention for short texts. Containers are copied."""
-    containers = {name: dict(getattr(module, name)) for name in ("_modules", "_buffers")}
-    public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    return {name: copy.copy(v) if isinstance(v, (dict, list, set)) else v for name, v in public.items()} | containers
+def _attributes(module: nn.Module) -> dict[str, tuple]:
+    """
+    What a forward may leave on a module: states, tables it looked up, another kind of attention for short texts. Every attribute with a copy of what it
+    holds, if it is a container.
+    """
+    names = [name for name in vars(module) if not name.startswith("_") or name in ("_modules", "_buffers")]
+    values = ((name, module.__dict__[name]) for name in names)
+    return {name: (v, copy.copy(v) if isinstance(v, (dict, list, set)) else None) for name, v in values}
 
 
-def _put_back(module: nn.Module, before: dict) -> None:
+def _put_back(module: nn.Module, before: dict[str, tuple]) -> None:
     for name in [name for name in vars(module) if not name.startswith("_") and name not in before]:
         del module.__dict__[name]
-    for name, value in before.items():
-        now = module.__dict__.get(name)
-        if isinstance(value, (dict, list, set)) and type(now) is type(value):  # in place: somebody else may hold it
-            now.clear()
-            now.extend(value) if isinstance(value, list) else now.update(value)
-        else:
-            module.__dict__[name] = value
+    for name, (value, held) in before.items():
+        if held is not None:
+            value.clear()
+            value.extend(held) if isinstance(value, list) else value.update(held)
+        module.__dict__[name] = value
 
 
 def _port_of(module: nn.Module):
@@ -353,7 +354,7 @@ def _first_success(model, candidates, running, filled: list | None = None) -> tu
     it gave back go into `filled`.
     """
     first_error = None
-    for inputs, may_skip in itertools.product(candidates, (False, True)):
+    for inputs, may_skip in ((inputs, may_skip) for inputs in candidates for may_skip in (False, True)):
         _forget_records(model)
         del running[:]
         token = _MAY_SKIP.set(may_skip)

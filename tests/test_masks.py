@@ -3,13 +3,19 @@
 import pytest
 import torch
 import transformers
+from backbones.pictures import picture_inputs
+from backbones.toy_models import toy_model
 from torch.nn.attention.flex_attention import create_block_mask
 
 from hf_hybrid import convert_to_hybrid
+from hf_hybrid.distillation import prepare_distillation_
 from hf_hybrid.errors import UnsupportedModelError
 
 from helpers import SMALL_MIXER, assert_close
 from tiny_models import perturb_mixers, tiny_llava, tiny_model
+
+
+MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
 
 
 def hybrid(family="llama", layers=None, **overrides):
@@ -118,8 +124,6 @@ def test_masks_of_encoders_hide_the_same_from_all_tokens():
 
 
 def test_students_do_not_learn_from_masks_they_cannot_follow():
-    from hf_hybrid.distillation import prepare_distillation_
-
     model, mask = prepare_distillation_(tiny_model(), SMALL_MIXER), causal_mask(9)
     first_token_hidden_from_one(mask)
     model.eval()
@@ -181,9 +185,15 @@ def test_masks_in_a_dict_and_block_masks():
     blocks = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, device="cpu")
     with torch.no_grad():
         assert_close("blocks", model(ids, attention_mask=blocks).logits, model(ids).logits, 1e-5)
-    blocks = create_block_mask(lambda b, h, q, k: (q >= k) & ((q < 4) == (k < 4)), 2, None, 9, 9, device="cpu")
+    packed = create_block_mask(lambda b, h, q, k: (q >= k) & ((q < 4) == (k < 4)), 2, None, 9, 9, device="cpu")
+    two = causal_mask(9)
+    two_documents(two)
+    with torch.no_grad():
+        same = convert_to_hybrid(tiny_model(), SMALL_MIXER)(ids, attention_mask=two)
+        assert_close("packed", model(ids, attention_mask=packed).logits, same.logits, 1e-5)
+    less = create_block_mask(lambda b, h, q, k: (q >= k) & ((q != 3) | (k != 0)), 2, None, 9, 9, device="cpu")
     with pytest.raises(UnsupportedModelError, match="hides more"):
-        model(ids, attention_mask=blocks)
+        model(ids, attention_mask=less)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mistral"])
@@ -219,6 +229,123 @@ def test_packed_rows_of_an_encoder_are_followed():
             model(ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_layers_see_the_same_masks_in_the_backward_pass(use_reentrant):
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, ids = convert_to_hybrid(transformers.BertModel(config), "linear_attention").train(), tokens()
+    mask = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    mask[..., :4, :4] = mask[..., 4:, 4:] = True
+
+    def gradients():
+        model.zero_grad()
+        model(ids, attention_mask=mask).last_hidden_state.square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    again = gradients()
+    for name, gradient in plain.items():
+        assert_close(name, again[name], gradient, 1e-6)
+    students = prepare_distillation_(transformers.BertModel(config).eval(), "linear_attention").train()
+    students(input_ids=ids, attention_mask=mask)["loss"].backward()
+
+
+def test_past_keys_hidden_from_all_new_tokens_were_padding_or_are_an_error():
+    model, ids = hybrid(), tokens()
+
+    def piece(mask, first_mask=None):
+        with torch.no_grad():
+            cache = model(ids[:, :4], attention_mask=first_mask, use_cache=True).past_key_values
+            return model(ids[:, 4:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    for hidden in ([0, 1, 2, 3], [1]):
+        mask = causal_mask(9)[..., 4:, :].clone()
+        mask[..., hidden] = False
+        with pytest.raises(UnsupportedModelError, match="hides more"):
+            piece(mask)
+        padding = torch.ones(2, 4, dtype=torch.long)
+        padding[:, hidden] = 0
+        whole = torch.cat([padding, torch.ones(2, 5, dtype=torch.long)], dim=1)
+        assert_close("padding", piece(mask, padding), piece(whole, padding), 1e-5)
+
+
+@pytest.mark.parametrize("layers", [[0], None])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_padding_between_packed_rows(layers, dtype):
+    model, ids = hybrid(layers=layers), tokens(2, 12)
+    mask = torch.zeros(2, 1, 12, 12, dtype=torch.bool)  # 4 tokens, 2 of padding, 5 tokens, 1 of padding
+    for start, stop in ((0, 4), (6, 11)):
+        mask[..., start:stop, start:stop] = torch.ones(stop - start, stop - start, dtype=torch.bool).tril()
+    positions = torch.tensor([[*range(4), 0, 0, *range(5), 0]]).expand(2, -1)
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    with torch.no_grad():
+        first, second = model(ids[:, :4]).logits, model(ids[:, 6:11]).logits
+        for inner in (False, True):  # nobody looks at masks there, and they are followed all the same
+            if inner:
+                output = model.lm_head(model.model(ids, attention_mask=mask, position_ids=positions).last_hidden_state)
+            else:
+                output = model(ids, attention_mask=mask, position_ids=positions).logits
+            assert_close("first", output[:, :4], first, 1e-5)
+            assert_close("second", output[:, 6:11], second, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("sizes", [(7, 11), (5, 13), (9, 9), (8, 10)])
+def test_packed_rows_of_chunked_attention(implementation, sizes):
+    # its layers are not told positions
+    model = toy_model("causal-lm", "llama4_text")
+    model.set_attn_implementation(implementation)
+    # chunked; full. A text of a whole chunk (8) cannot be told from one in the mask of the former
+    perturb_mixers(convert_to_hybrid(model, "linear_attention", [1] if 8 in sizes else None))
+    ids, positions = tokens(1, sum(sizes)), torch.cat([torch.arange(size) for size in sizes])[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        alone = [model(piece, use_cache=False).logits for piece in ids.split(sizes, dim=1)]
+        assert_close("packed", packed, torch.cat(alone, dim=1), 1e-5)
+
+
+@pytest.mark.parametrize("layers", [[0], None])
+def test_chunks_are_counted_from_the_first_token_that_exists(layers):
+    model = perturb_mixers(convert_to_hybrid(toy_model("causal-lm", "llama4_text"), "linear_attention", layers))
+    ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[0, :3] = 0
+    greedy = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "disable_compile": True,
+    }
+    expected = model.generate(ids, attention_mask=mask, **greedy)
+    for more in ({}, {"prefill_chunk_size": 5}):
+        static = model.generate(ids, attention_mask=mask, cache_implementation="static", **more, **greedy)
+        assert torch.equal(static, expected)
+
+
+def test_chains_in_one_row_of_esmc():
+    # packed rows, told by an argument of their own, of a bidirectional model: in the mask that the host makes of it
+    model = toy_model("masked-lm", "esmc")
+    perturb_mixers(convert_to_hybrid(model, "linear_attention"))
+    ids = tokens(1, 9)
+    with torch.no_grad():
+        both = model(ids, sequence_id=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])).logits
+        assert_close("first", both[:, :4], model(ids[:, :4]).logits, 1e-4)
+
+
+def test_a_layer_that_looks_back_through_no_window_is_given_none():
+    model, ids = hybrid("gemma3", [1], **MIXED), tokens()
+    mask = causal_mask(9).triu(-3)
+    with pytest.raises(UnsupportedModelError, match="hides more"):
+        model(ids, attention_mask=mask)
+    model = hybrid("gemma3", [0], **MIXED)  # this one does
+    assert model(ids, attention_mask=mask).logits.isfinite().all()
+
+
 def test_packed_rows_may_be_marked_twice():
     model, ids, mask = hybrid(), tokens(), causal_mask(9)
     two_documents(mask)
@@ -236,9 +363,6 @@ def test_a_mask_of_integers_is_an_error_that_says_so():
         convert_to_hybrid(model, "linear_attention")
     with pytest.raises(UnsupportedModelError, match=r"dtype torch.int64\. Pass booleans"):
         model(tokens(), attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.long))
-
-
-MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
 
 
 @pytest.mark.parametrize(
@@ -264,14 +388,18 @@ def test_several_tokens_onto_a_static_cache_beyond_the_window(family, overrides,
     assert torch.equal(model.generate(more, past_key_values=cache, **greedy), model.generate(more, **greedy))
 
 
-def test_prefixes_of_pictures_may_be_seen_whole_where_the_family_does_so():
-    from backbones.pictures import picture_inputs
-    from backbones.toy_models import toy_model
-
-    model = toy_model("image-text-to-text", "paligemma")
-    inputs = picture_inputs(model, "paligemma")
+@pytest.mark.parametrize("layers", ["text", None])
+@pytest.mark.parametrize("model_type", ["paligemma", "gemma3"])
+def test_tokens_of_pictures_may_see_each_other_where_the_family_does_so(model_type, layers):
+    model = toy_model("image-text-to-text", model_type)
+    inputs = picture_inputs(model, model_type)
+    if model_type == "gemma3":  # 13 tokens, its window is 4
+        more = tokens(2, 6)
+        inputs = {**inputs, "input_ids": torch.cat([more, inputs["input_ids"]], dim=1)}
+        for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
+            inputs[name] = torch.cat([torch.full_like(more, fill), inputs[name]], dim=1)
     with pytest.warns(UserWarning, match="bidirectional attention among the tokens of a picture"):
-        convert_to_hybrid(model, "linear_attention", "text")
+        convert_to_hybrid(model, "linear_attention", layers)
     greedy = {
         "max_new_tokens": 4,
         "do_sample": False,

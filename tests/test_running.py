@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, T
 
 from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
 from hf_hybrid.cache import HybridLinearLayer
+from hf_hybrid.distillation import prepare_distillation_
 from hf_hybrid.errors import HybridConfigError, UnsupportedModelError
 from hf_hybrid.mixers.base import LinearMixer
 
@@ -418,7 +419,8 @@ def test_a_position_bias_that_nobody_reads_is_not_computed(tmp_path):
         assert bytes_of_bias() < 100
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(other.get_encoder()(ids).last_hidden_state, expected)
-            assert first not in other.encoder.block[0].layer[0].SelfAttention._hybrid_bias_readers
+            readers = other.encoder.block[0].layer[0].SelfAttention._hybrid_bias_readers
+            assert readers[0] is other.encoder.block[1].layer[0].SelfAttention
         model.save_pretrained(tmp_path)
         again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
         first = again.encoder.block[0].layer[0].SelfAttention
@@ -427,13 +429,14 @@ def test_a_position_bias_that_nobody_reads_is_not_computed(tmp_path):
         # as soon as somebody reads it again, it is there
         again.encoder.block[2].layer[0].SelfAttention.hybrid_swapped = False
         assert bytes_of_bias() == 4 * 64 * 64 * 4
-        first._hybrid_bias_readers = None
+        assert not torch.equal(again.get_encoder()(ids).last_hidden_state, expected)
+        owner = model.encoder.block[0].layer[0].SelfAttention
+        owner._hybrid_bias_readers = None  # computed after all: linear layers do not read it
         assert torch.equal(model.get_encoder()(ids).last_hidden_state, expected)
-    with torch.no_grad():
-        softmax_again = again.get_encoder()(ids).last_hidden_state
         restored = restore_full_attention(model).get_encoder()(ids).last_hidden_state
         assert torch.equal(restored, t5().get_encoder()(ids).last_hidden_state)
-        assert not torch.equal(softmax_again, expected)
+        decoder = convert_to_hybrid(t5(), "linear_attention", ["decoder"]).decoder.block[0].layer[0].SelfAttention
+        assert decoder(hidden_states)[1].untyped_storage().nbytes() < 100
 
 
 RECURRENT_HOSTS = ("zamba", "zamba2", "zaya", "inkling_text", "falcon_h1", "mllama")
@@ -448,12 +451,17 @@ def test_a_static_cache_with_more_than_keys_in_it(model_type, layers):
     assert torch.equal(static, model.generate(tokens(), **GREEDY))
 
 
-def test_layers_offloaded_as_a_whole_are_refused():
+@pytest.mark.parametrize(
+    ("preloaded", "path"),
+    [("LlamaAttention", "model.layers.0.self_attn"), ("LlamaDecoderLayer", "model.layers.0"), ("LlamaModel", "model")],
+)
+def test_layers_offloaded_as_a_whole_are_refused(preloaded, path):
     model = tiny_model()
-    accelerate.cpu_offload(model, torch.device("cpu"), preload_module_classes=["LlamaAttention"])
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn is offloaded as a whole"):
-        convert_to_hybrid(model, SMALL_MIXER)
-    assert model(tokens()).logits.isfinite().all()
+    accelerate.cpu_offload(model, torch.device("cpu"), preload_module_classes=[preloaded])
+    for change in (convert_to_hybrid, prepare_distillation_):
+        with pytest.raises(UnsupportedModelError, match=f"^{path} is offloaded as a whole"):
+            change(model, SMALL_MIXER)
+    assert type(model) is transformers.LlamaForCausalLM and model(tokens()).logits.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------- what the dry forward leaves
@@ -485,3 +493,22 @@ def test_the_dry_forward_draws_no_random_numbers_and_fills_no_tables():
         find_attention_sites(model)
     tables = [m.attention_bias_cache for m in model.modules() if hasattr(m, "attention_bias_cache")]
     assert tables and not any(tables)
+
+
+def test_the_dry_forward_leaves_what_is_not_the_modules_alone():
+    class Remembers(torch.nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.shared, self.seen, self.own = shared, [], {}
+
+        def forward(self, x):
+            self.seen = self.shared
+            self.own["length"] = x.shape[1]
+            return x
+
+    model, shared = tiny_model(), [1, 2]
+    model.model.norm = torch.nn.Sequential(model.model.norm, Remembers(shared))
+    remembers = model.model.norm[1]
+    seen, own = remembers.seen, remembers.own
+    find_attention_sites(model)
+    assert shared == [1, 2] and remembers.seen is seen and seen == [] and remembers.own is own and own == {}
