@@ -19,9 +19,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import linear_cache_layer
+from .custom_masks import CustomMasks
 from .errors import CheckpointError, UnsupportedModelError
-from .masks import CustomMasks, Span, packed_segments, valid_tokens, within_keys
+from .masks import Span, valid_tokens, within_keys
 from .mixers import LinearMixer
+from .packing import packed_segments
 from .ports import find_port
 
 
@@ -104,11 +106,11 @@ def is_linear_now(module: nn.Module) -> bool:
 
 
 def note_bias_readers_(model: nn.Module) -> None:
-    """Tell every layer of `model` that computes a position bias which other layers get it. After conversions and restorations."""
-    for stack in model.modules():
+    """Tell every layer of `model` that computes a position bias which other layers get it. After conversions."""
+    # from the outside in: what counts in the end is the innermost model around a layer
+    for stack in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
         layers = [layer for layer in stack.modules() if hasattr(type(layer), "compute_bias")]
-        # from the outside in: what counts in the end is the innermost model around a layer
-        for owner in layers if isinstance(stack, PreTrainedModel) else ():
+        for owner in layers:
             if isinstance(owner, OwnsPositionBias) and getattr(owner, "has_relative_attention_bias", False):
                 owner._hybrid_bias_readers = tuple(layer for layer in layers if _reads_bias_of(owner, layer))
 
@@ -157,15 +159,9 @@ def hybrid_attention_forward(
         valid = valid.expand(query.shape[0], -1)
     module.last_valid = valid
     state = None if layer is None else layer.read_state()
-    span = Span.of(module, getattr(module, "_hybrid_host_config", None))
     segments = None
-    if length > 1 and state is None:
-        positions = {"position_ids": context["position_ids"], **kwargs}
-        segments = packed_segments(positions, valid, query, attention_mask, mixer.causal, span)
-    if module.custom_masks is not None and length > 1 and not torch.compiler.is_compiling():
-        offset = within_keys(offset, length, 0 if attention_mask is None else attention_mask.shape[-1])
-        past = None if layer is None else layer.real_tokens_seen(before=length)
-        module.custom_masks.check(attention_mask, length, mixer.causal, offset, segments, span, past)
+    if length > 1:
+        segments = _read_mask(module, attention_mask, valid, query, offset, state, kwargs)
 
     output, state = mixer(
         query,
@@ -190,6 +186,22 @@ def hybrid_attention_forward(
         layer.write_state(state, replay, length)
         layer.count(valid, length)
     return output, None
+
+
+def _read_mask(module, mask, valid, query, offset, state, kwargs) -> torch.Tensor | None:
+    """Packed sequences among new tokens, `[B, T]`, and a refusal of masks that the layer could not follow. `query` is `[B, T, H, K]`."""
+    context, causal = module._hybrid_context, module.hybrid.causal
+    span = Span.of(module, getattr(module, "_hybrid_host_config", None))
+    segments = None
+    if state is None:
+        positions = {"position_ids": context["position_ids"], **kwargs}
+        segments = packed_segments(positions, valid, query, mask, causal, span)
+    custom = None if torch.compiler.is_compiling() else module.custom_masks
+    if custom is not None and custom.includes(mask):
+        offset = within_keys(offset, query.shape[1], mask.shape[-1])
+        past = None if context["layer"] is None else context["layer"].real_tokens_seen(before=query.shape[1])
+        custom.check(mask, causal, offset, segments, span, past)
+    return segments
 
 
 def _check_call(module, query, key, context) -> None:

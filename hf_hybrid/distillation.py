@@ -21,9 +21,9 @@ from transformers.utils import find_labels
 
 from .attention import CACHE_ARGUMENTS, convert_attention_
 from .configuration_hybrid import AttentionSite, check_selection
+from .custom_masks import tell_of_masks
 from .errors import AlreadyHybridError, HybridConfigError, closest
 from .losses import normalized_mse
-from .masks import tell_of_masks
 from .mixers import INITIALIZATIONS, MixerConfig, check_initialization, resolve_mixer_config
 from .modeling_hybrid import (
     HybridModelMixin,

@@ -50,8 +50,8 @@ from .configuration_hybrid import (
     hybrid_section,
     on_new_family,
 )
+from .custom_masks import tell_of_masks
 from .errors import AlreadyHybridError, CheckpointError, HybridError, UnsupportedModelError
-from .masks import tell_of_masks
 from .mixers import (
     INITIALIZATIONS,
     LinearMixer,

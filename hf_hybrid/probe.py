@@ -42,7 +42,7 @@ LOST = {
 }
 LOST_BIAS = "the bias that its mask adds to attention scores"
 LOST_MASK = "the mask between its tokens (windows or blocks)"
-# (a text shows nothing of it, so it cannot be measured)
+# A text shows nothing of it, so it cannot be measured: see PICTURE_BLOCKS.
 LOST_PICTURE_BLOCKS = "the bidirectional attention among the tokens of a picture"
 # Families that do with their attention what no forward shows.
 REFUSED = {
@@ -164,7 +164,10 @@ _MAY_SKIP = contextvars.ContextVar("may_skip", default=False)
 
 
 def _probe_mask(*args, **kwargs):
-    """Always an explicit mask, also where the host would do without one: causality is read off it. On the CPU, so that it can be read where the model has no weights (meta device)."""
+    """
+    Always an explicit mask, also where the host would do without one: causality is read off it. On the CPU, so that it can be read where the model has no
+    weights (meta device).
+    """
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "meta":
         kwargs["device"] = "cpu"
@@ -207,7 +210,6 @@ def _recording(model: nn.Module):
     configs = {id(config): config for config in (getattr(m, "config", None) for m in modules) if config is not None}
     configs = {key: config for key, config in configs.items() if hasattr(config, "_attn_implementation_internal")}
     before = {key: config._attn_implementation_internal for key, config in configs.items()}
-    training = {module: module.training for module in modules}
     attributes = {module: _attributes(module) for module in modules}
     devices = sorted({tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"})
     running: list[nn.Module] = []
@@ -228,15 +230,12 @@ def _recording(model: nn.Module):
     handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in modules]
     handles += [module.register_forward_hook(leave) for module in modules]
     ported = [(module, port) for module in modules if (port := _port_of(module)) is not None]
-    forwards = {
-        module: {name: module.__dict__.get(name) for name in ("forward", "_old_forward")} for module, _ in ported
-    }
     try:
         for config in configs.values():
             config._attn_implementation_internal = PROBE
         for module, port in ported:
             # where an accelerate hook wraps the forward, what it wraps: the hook brings the weights
-            wrapped = "_old_forward" if forwards[module]["_old_forward"] is not None else "forward"
+            wrapped = "_old_forward" if "_old_forward" in vars(module) else "forward"
             module.__dict__[wrapped] = functools.partial(port, _record, module)
         model.eval()
         with torch.random.fork_rng(devices):  # some hosts draw random numbers in evaluation too
@@ -244,27 +243,20 @@ def _recording(model: nn.Module):
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
-        for module, before_probe in forwards.items():
-            for name, forward in before_probe.items():
-                if forward is None:
-                    module.__dict__.pop(name, None)
-                else:
-                    module.__dict__[name] = forward
         for handle in handles:
             handle.remove()
         for module, public in attributes.items():
             _put_back(module, public)
-        for module, mode in training.items():
-            module.training = mode
         _forget_records(model)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple]:
     """
-    What a forward may leave on a module: states, tables it looked up, another kind of attention for short texts. Every attribute with a copy of what it
-    holds, if it is a container.
+    What a forward, or the probe, may leave on a module: states, tables it looked up, another kind of attention for short texts; mode and forward. Every
+    attribute with a copy of what it holds, if it is a container.
     """
-    names = [name for name in vars(module) if not name.startswith("_") or name in ("_modules", "_buffers")]
+    private = ("_modules", "_buffers", "_old_forward")
+    names = [name for name in vars(module) if not name.startswith("_") or name in private]
     values = ((name, module.__dict__[name]) for name in names)
     return {name: (v, copy.copy(v) if isinstance(v, (dict, list, set)) else None) for name, v in values}
 
@@ -311,9 +303,8 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
         raise UnsupportedModelError(
             f"{description} has no forward of its own, only what it builds on its parts. Convert those that attend: {', '.join(parts) or 'none'}."
         )
-    if (
-        model.config.model_type in REFUSED
-    ):  # nothing is run: their own memories would keep what the dry forward computes
+    if model.config.model_type in REFUSED:
+        # nothing is run: their own memories would keep what the dry forward computes
         raise UnsupportedModelError(
             f"{description} has no attention layer that hf_hybrid can replace: it {REFUSED[model.config.model_type]}. A linear layer there would be "
             "another function."

@@ -15,6 +15,7 @@ from helpers import SMALL_MIXER, assert_close
 from tiny_models import perturb_mixers, tiny_llava, tiny_model
 
 
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": True}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
 
 
@@ -314,16 +315,9 @@ def test_chunks_are_counted_from_the_first_token_that_exists(layers):
     model = perturb_mixers(convert_to_hybrid(toy_model("causal-lm", "llama4_text"), "linear_attention", layers))
     ids, mask = tokens(2, 14), torch.ones(2, 14, dtype=torch.long)
     mask[0, :3] = 0
-    greedy = {
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "disable_compile": True,
-    }
-    expected = model.generate(ids, attention_mask=mask, **greedy)
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
     for more in ({}, {"prefill_chunk_size": 5}):
-        static = model.generate(ids, attention_mask=mask, cache_implementation="static", **more, **greedy)
+        static = model.generate(ids, attention_mask=mask, cache_implementation="static", **more, **GREEDY)
         assert torch.equal(static, expected)
 
 
@@ -372,20 +366,13 @@ def test_a_mask_of_integers_is_an_error_that_says_so():
 )  # fmt: skip
 def test_several_tokens_onto_a_static_cache_beyond_the_window(family, overrides, layers):
     model, ids = hybrid(family, layers, **overrides), tokens(2, 12)
-    greedy = {
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "disable_compile": True,
-    }
-    expected = model.generate(ids, **greedy)
-    chunks = model.generate(ids, cache_implementation="static", prefill_chunk_size=5, **greedy)
+    expected = model.generate(ids, **GREEDY)
+    chunks = model.generate(ids, cache_implementation="static", prefill_chunk_size=5, **GREEDY)
     assert torch.equal(chunks, expected)
     cache = transformers.StaticCache(config=model.config, max_cache_len=32)
-    begun = model.generate(ids[:, :9], past_key_values=cache, **{**greedy, "max_new_tokens": 2})
+    begun = model.generate(ids[:, :9], past_key_values=cache, **{**GREEDY, "max_new_tokens": 2})
     more = torch.cat([begun, tokens(2, 3, seed=5)], dim=1)
-    assert torch.equal(model.generate(more, past_key_values=cache, **greedy), model.generate(more, **greedy))
+    assert torch.equal(model.generate(more, past_key_values=cache, **GREEDY), model.generate(more, **GREEDY))
 
 
 @pytest.mark.parametrize("layers", ["text", None])
@@ -400,12 +387,5 @@ def test_tokens_of_pictures_may_see_each_other_where_the_family_does_so(model_ty
             inputs[name] = torch.cat([torch.full_like(more, fill), inputs[name]], dim=1)
     with pytest.warns(UserWarning, match="bidirectional attention among the tokens of a picture"):
         convert_to_hybrid(model, "linear_attention", layers)
-    greedy = {
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "eos_token_id": None,
-        "pad_token_id": 0,
-        "disable_compile": True,
-    }
-    static = model.generate(**inputs, cache_implementation="static", **greedy)
-    assert torch.equal(static, model.generate(**inputs, **greedy))
+    static = model.generate(**inputs, cache_implementation="static", **GREEDY)
+    assert torch.equal(static, model.generate(**inputs, **GREEDY))

@@ -216,9 +216,8 @@ def difference_of_packed_rows(backbone: Backbone) -> float:
 
 
 def _without_cache(backbone: Backbone) -> dict:
-    return (
-        {"use_cache": False} if "use_cache" in backbone.parameters else {}
-    )  # with one, transformers does not look for packed rows
+    # with one, transformers does not look for packed rows
+    return {"use_cache": False} if "use_cache" in backbone.parameters else {}
 
 
 def difference_of_later_tokens(backbone: Backbone) -> float:
@@ -248,13 +247,9 @@ def output_with_pictures(backbone: Backbone) -> torch.Tensor:
 def _generated_logits(backbone: Backbone, **kwargs) -> torch.Tensor:
     """Logits of the first generated tokens, `[B, 4, V]`."""
     torch.manual_seed(0)
-    kwargs = {
-        **backbone.picture_inputs,
-        **GREEDY,
-        **kwargs,
-        "suppress_tokens": [IMAGE_TOKEN],
-    }  # a placeholder without a picture is an error
-    output = backbone.model.generate(**kwargs, return_dict_in_generate=True, output_logits=True)
+    kwargs = {**backbone.picture_inputs, **GREEDY, **kwargs, "return_dict_in_generate": True, "output_logits": True}
+    # a placeholder without a picture is an error
+    output = backbone.model.generate(**kwargs, suppress_tokens=[IMAGE_TOKEN])
     return torch.stack(output.logits, dim=1)
 
 
@@ -368,9 +363,8 @@ def causality(backbone: Backbone) -> None:
     error = difference_of_later_tokens(backbone)
     if backbone.keeps("later tokens"):
         assert error <= TOLERANCE, f"off by {error:.1e}"
-    elif (
-        backbone.model_type not in PICTURE_BLOCKS
-    ):  # these see their whole prompt (and conversion says that this is lost)
+    elif backbone.model_type not in PICTURE_BLOCKS:
+        # (those see their whole prompt, and conversion says that this is lost)
         assert error > 0, "tokens no longer see what comes after them"
 
 
