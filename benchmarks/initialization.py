@@ -24,7 +24,7 @@ from hf_hybrid import (
     LinearAttentionConfig,
 )
 from hf_hybrid.demo.assets import prose, teacher_folder
-from hf_hybrid.distillation import discard_students_
+from hf_hybrid.surgery import discard_students_
 from hf_hybrid.mixers import INITIALIZATIONS
 from hf_hybrid.ops import fast_fp32_matmul
 

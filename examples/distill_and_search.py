@@ -13,7 +13,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer, HfArgumentParser
 
 from hf_hybrid import GreedyLayerSwapCallback, HybridTrainer, HybridTrainingArguments
-from hf_hybrid.tasks import LabelWordTask
+from hf_hybrid.evaluation.label_words import LabelWordTask
 
 
 @dataclass

@@ -3,11 +3,12 @@
 Importing this package registers `hybrid_attention` checkpoints in transformers' Auto classes and has no other effect.
 """
 
-from .ablation import ablate, state_share
-from .bank import load_mixer_bank, save_mixer_bank
-from .calibration import calibrate_mixers
-from .callbacks import GreedyLayerSwapCallback
+from .adapters.bank import load_mixer_bank, save_mixer_bank
 from .configuration_hybrid import AttentionSite, HybridAttentionConfig, package_version
+from .distillation.arguments import HybridTrainingArguments
+from .distillation.calibration import calibrate_mixers
+from .distillation.trainer import HybridTrainer
+from .evaluation.ablation import ablate, state_share
 from .mixers import (
     GatedDeltaNetConfig,
     GLAConfig,
@@ -21,10 +22,10 @@ from .mixers import (
     list_feature_maps,
     list_mixers,
 )
-from .modeling_hybrid import convert_to_hybrid, find_attention_sites, register_auto_classes, restore_full_attention
-from .selection import SwapReport
-from .trainer import HybridTrainer
-from .training_args import HybridTrainingArguments
+from .modeling_hybrid import register_auto_classes
+from .search.callback import GreedyLayerSwapCallback
+from .search.greedy import SwapReport
+from .surgery import convert_to_hybrid, find_attention_sites, restore_full_attention
 
 
 __version__ = package_version()

@@ -7,17 +7,21 @@ checkpoint and silently drops tensors. In memory `model_type` stays the family's
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .errors import CheckpointError, HybridConfigError, NoMatchingAttentionError, closest
+from .errors import CheckpointError
 
 
 MODEL_TYPE = "hybrid_attention"
-# Raised when the meaning of an entry changes. A newer file is refused, never guessed at.
-SCHEMA_VERSION = 1
+# Raised when the meaning of an entry changes. A newer file is refused, never guessed at. 2: a site may have `heads`.
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+# What trains beside the mixers of a distillation.
+PROJECTIONS = ("shared", "low_rank", "full")
 
 
 def package_version() -> str:
@@ -52,6 +56,11 @@ class AttentionSite:
     causal: bool
     part: str = dataclasses.field(default="", compare=False)
 
+    @property
+    def key_value_heads(self) -> range:
+        """The key-value heads, by the numbers that `heads` takes."""
+        return range(self.num_key_value_heads)
+
     def sizes(self) -> dict[str, Any]:
         """The arguments of a mixer's constructor that follow from the model: what a checkpoint stores beside the name."""
         return {
@@ -61,28 +70,46 @@ class AttentionSite:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearSite:
+    """
+    A site some of whose heads are linear, as a checkpoint describes it.
+
+    Args:
+        site (`AttentionSite`): Where, and of which sizes.
+        mixer (`dict`): Settings of the mixer, with its name.
+        heads (`tuple[int, ...]`): The key-value heads that are linear; the mixer has parameters of these alone.
+    """
+
+    site: AttentionSite
+    mixer: dict
+    heads: tuple[int, ...]
+
+    def entry(self) -> dict:
+        """As `config.hybrid["sites"][name]` says it: `heads` is left out where all of them are linear."""
+        some = {} if len(self.heads) == self.site.num_key_value_heads else {"heads": list(self.heads)}
+        return {"mixer": dict(self.mixer), **self.site.sizes(), **some}
+
+
 def hybrid_section(
-    sites: dict[str, tuple[AttentionSite, dict]],
-    base_model: str | None,
-    revision: str | None,
-    projections: str = "shared",
+    sites: dict[str, LinearSite], base_model: str | None, revision: str | None, projections: str = "shared"
 ) -> dict:
     """
-    The `hybrid` entry of a config, from `{name: (site, mixer settings)}`. `projections` other than `"shared"` says that the linear layers'
-    projections were trained, so that the softmax cannot be put back over them.
+    The `hybrid` entry of a config. `projections` other than `"shared"` says that the linear layers' projections were trained, so that the softmax cannot
+    be put back over them.
     """
     return {
         "schema_version": SCHEMA_VERSION,
         "hf_hybrid_version": package_version(),
         "base_model": {"name_or_path": base_model, "revision": revision},
         "projections": projections,
-        "sites": {name: {"mixer": dict(settings), **site.sizes()} for name, (site, settings) in sites.items()},
+        "sites": {name: site.entry() for name, site in sites.items()},
     }
 
 
-def read_hybrid_section(section: dict, where: str) -> dict[str, tuple[AttentionSite, dict]]:
+def read_hybrid_section(section: dict, where: str) -> dict[str, LinearSite]:
     """
-    The sites of a `hybrid` entry, checked: `{name: (site, mixer settings)}`.
+    The sites of a `hybrid` entry, checked.
 
     Raises:
         CheckpointError: If the entry is not an object, has another schema version, or a site lacks or has extra entries.
@@ -91,37 +118,46 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, tuple[AttentionS
         raise CheckpointError(
             f"{where}: `hybrid` must be an object with a schema_version; got {section!r}. The file was edited."
         )
-    if section["schema_version"] != SCHEMA_VERSION:
+    if section["schema_version"] not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION}; got {section['schema_version']!r}, written by hf_hybrid "
+            f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION} or less; got {section['schema_version']!r}, written by hf_hybrid "
             f"{section.get('hf_hybrid_version')!r} (this is {package_version()}). Upgrade with `pip install -U hf_hybrid`."
         )
-    if section.get("projections") not in ("shared", "low_rank", "full") or not isinstance(section.get("sites"), dict):
+    if section.get("projections") not in PROJECTIONS or not isinstance(section.get("sites"), dict):
         raise CheckpointError(
             f"{where}: `hybrid` must have `sites` and `projections` (shared, low_rank or full); got {section.get('projections')!r}. The file "
             "was edited."
         )
+    return {name: _read_site(name, entry, where) for name, entry in section["sites"].items()}
+
+
+def _read_site(name: str, entry, where: str) -> LinearSite:
     expected = {field.name for field in dataclasses.fields(AttentionSite)} - {"name", "part"} | {"mixer"}
-    sites = {}
-    for name, entry in section["sites"].items():
-        if not isinstance(entry, dict) or set(entry) != expected:
-            difference = sorted(expected ^ set(entry)) if isinstance(entry, dict) else entry
-            raise CheckpointError(
-                f"{where}: `hybrid.sites[{name!r}]` has missing or unknown entries: {difference}. The file was edited."
-            )
-        wrong = [
-            key
-            for key, value in entry.items()
-            if key != "mixer"
-            and not (isinstance(value, bool) if key == "causal" else type(value) is int and value > 0)
-        ]
-        if wrong or not isinstance(entry["mixer"], dict):
-            key = (wrong or ["mixer"])[0]
-            raise CheckpointError(
-                f"{where}: `hybrid.sites[{name!r}].{key}` has a value that cannot be; got {entry[key]!r}. The file was edited."
-            )
-        sites[name] = (AttentionSite(name=name, **{k: v for k, v in entry.items() if k != "mixer"}), entry["mixer"])
-    return sites
+    if not isinstance(entry, dict) or set(entry) - {"heads"} != expected:
+        difference = sorted(expected ^ (set(entry) - {"heads"})) if isinstance(entry, dict) else entry
+        raise CheckpointError(
+            f"{where}: `hybrid.sites[{name!r}]` has missing or unknown entries: {difference}. The file was edited."
+        )
+    sizes = {key: value for key, value in entry.items() if key not in ("mixer", "heads")}
+    wrong = [
+        key
+        for key, value in sizes.items()
+        if not (isinstance(value, bool) if key == "causal" else type(value) is int and value > 0)
+    ]
+    if wrong or not isinstance(entry["mixer"], dict):
+        key = (wrong or ["mixer"])[0]
+        raise CheckpointError(
+            f"{where}: `hybrid.sites[{name!r}].{key}` has a value that cannot be; got {entry[key]!r}. The file was edited."
+        )
+    site = AttentionSite(name=name, **sizes)
+    heads = entry.get("heads", list(range(site.num_key_value_heads)))
+    known = isinstance(heads, list) and all(type(h) is int and 0 <= h < site.num_key_value_heads for h in heads)
+    if not known or not heads or len(set(heads)) < len(heads):
+        raise CheckpointError(
+            f"{where}: `hybrid.sites[{name!r}].heads` must be a list of key-value heads 0..{site.num_key_value_heads - 1}, each once; got {heads!r}. "
+            "The file was edited."
+        )
+    return LinearSite(site, entry["mixer"], tuple(sorted(heads)))
 
 
 class HybridAttentionConfig(PreTrainedConfig):
@@ -164,18 +200,44 @@ def _family_config_class(base_model_type: str) -> type[PreTrainedConfig]:
     return hybrid_config_class(CONFIG_MAPPING[base_model_type])
 
 
+class WrittenModelType(str):
+    """
+    `"hybrid_attention"` where it is written or read, and the family's own model type where it is looked up in a table. Dictionaries of configs are both:
+    transformers writes them to files, PEFT finds a family's default target modules by them.
+    """
+
+    def __new__(cls, family: str):
+        written = super().__new__(cls, MODEL_TYPE)
+        written.family = family
+        return written
+
+    def __eq__(self, other):
+        return str.__eq__(self, other) or other == self.family
+
+    def __hash__(self):
+        return hash(self.family)
+
+    def __reduce__(self):
+        return WrittenModelType, (self.family,)
+
+
 class HybridConfigMixin:
     """Put in front of a family's config class: the family's attributes, our file format."""
 
     hybrid: dict | None
 
+    # the family's own config class
+    base_config_class: ClassVar[type[PreTrainedConfig]]
+
+    def linear_sites(self) -> dict[str, LinearSite]:
+        """The layers of which some heads are linear, by name; empty before conversion."""
+        if not self.hybrid:
+            return {}
+        return read_hybrid_section(self.hybrid, f"config of {self.name_or_path or type(self).__name__}")
+
     def hybrid_sites(self) -> dict[str, tuple[AttentionSite, dict]]:
-        """`{name: (site, mixer settings)}` of the linear layers; empty before conversion."""
-        return (
-            read_hybrid_section(self.hybrid, f"config of {self.name_or_path or type(self).__name__}")
-            if self.hybrid
-            else {}
-        )
+        """`{name: (site, mixer settings)}` of these layers."""
+        return {name: (linear.site, linear.mixer) for name, linear in self.linear_sites().items()}
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -187,7 +249,7 @@ class HybridConfigMixin:
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        if config_dict.get("model_type") == MODEL_TYPE:
+        if str(config_dict.get("model_type")) == MODEL_TYPE:
             base_model_type = config_dict.pop("base_model_type", None)
             if base_model_type not in (None, cls.model_type):
                 raise CheckpointError(
@@ -204,7 +266,8 @@ class HybridConfigMixin:
         return self._as_written(super().to_diff_dict())
 
     def _as_written(self, config_dict):
-        return {**config_dict, "model_type": MODEL_TYPE, "base_model_type": type(self).model_type}
+        family = type(self).model_type
+        return {**config_dict, "model_type": WrittenModelType(family), "base_model_type": family}
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -221,63 +284,24 @@ def hybrid_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     if issubclass(base, HybridConfigMixin):
         return base
     if base not in _CONFIG_CLASSES:
-        from . import (
-            dynamic,  # the module these classes are found in again by pickle; it imports nothing from here at import
-        )
-
         name = "Hybrid" + base.__name__
         namespace = {
-            "__module__": dynamic.__name__,
+            "base_config_class": base,
+            "__module__": __name__,
             "__qualname__": name,
             "__annotations__": {"hybrid": dict | None},
             "hybrid": None,
             "__doc__": f"[`{base.__name__}`] of a model some of whose attention layers are linear; `hybrid` says which.",
         }
         _CONFIG_CLASSES[base] = type(base)(name, (HybridConfigMixin, base), namespace)
-        setattr(dynamic, name, _CONFIG_CLASSES[base])
         for hook in on_new_family:
             hook(_CONFIG_CLASSES[base])
     return _CONFIG_CLASSES[base]
 
 
-def check_selection(layers, sites: list[AttentionSite], model_description: str) -> list[AttentionSite]:
-    """
-    The sites that `layers` selects: `None` for all, an iterable of indices and names, or a predicate on [`AttentionSite`]. A name is that of a site,
-    of a module around sites (`"model.vision_tower"`), or of a part (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`).
-
-    Raises:
-        HybridConfigError: If an index is out of range or a name is not a site.
-        NoMatchingAttentionError: If nothing is selected.
-    """
-    if layers is None:
-        chosen = list(sites)
-    elif callable(layers):
-        chosen = [site for site in sites if layers(site)]
-    else:
-        by_name, chosen = {site.name: site for site in sites}, []
-        if isinstance(layers, (str, int)):
-            layers = [layers]
-        for layer in layers:
-            if isinstance(layer, int):
-                if not -len(sites) <= layer < len(sites):
-                    raise HybridConfigError(
-                        f"layers: index must be in 0..{len(sites) - 1} for the {len(sites)} attention sites of {model_description}; got {layer}."
-                    )
-                selected = [sites[layer]]
-            elif layer in by_name:
-                selected = [by_name[layer]]
-            else:
-                selected = [site for site in sites if site.part == layer or site.name.startswith(f"{layer}.")]
-            if not selected:
-                parts = sorted({site.part for site in sites if site.part})
-                raise HybridConfigError(
-                    f"layers: {layer!r} is not an attention site of {model_description}, nor around one, nor one of its parts "
-                    f"({', '.join(parts)}).{closest(str(layer), [*by_name, *parts])} Use find_attention_sites(model) to see them."
-                )
-            chosen.extend(site for site in selected if site not in chosen)
-    if not chosen:
-        raise NoMatchingAttentionError(
-            f"layers={layers!r} matched none of the {len(sites)} attention sites of {model_description}. "
-            "Use find_attention_sites(model) to see them."
-        )
-    return chosen
+def __getattr__(name: str):
+    """`Hybrid<Family>Config` by name, in a process that did not build it yet: for pickle."""
+    base = getattr(transformers, name.removeprefix("Hybrid"), None) if name.startswith("Hybrid") else None
+    if not (isinstance(base, type) and issubclass(base, PreTrainedConfig)):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return hybrid_config_class(base)

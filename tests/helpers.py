@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from hf_hybrid import HybridTrainer, HybridTrainingArguments, LinearAttentionConfig
-from hf_hybrid.attention import is_hybrid_attention
+from hf_hybrid.conversion.layer import hybrid_layers
 
 from conftest import token_dataset
 from tiny_models import tiny_model
@@ -26,9 +26,8 @@ def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolera
 
 def set_swapped(model: nn.Module, swapped: bool) -> None:
     """Make every converted layer run its mixer, or the host's softmax inside our interception."""
-    for module in model.modules():
-        if is_hybrid_attention(module):
-            module.hybrid_swapped = swapped
+    for layer in hybrid_layers(model).values():
+        layer.linear_heads = layer.hybrid.heads if swapped else ()
 
 
 def toy_arguments(folder, **overrides) -> HybridTrainingArguments:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_hybrid import HybridTrainer, LinearAttentionConfig, calibrate_mixers, convert_to_hybrid
-from hf_hybrid.attention import is_hybrid_attention
-from hf_hybrid.calibration import NUM_SINKS, Call, look_back_histogram, median_distance
-from hf_hybrid.distillation import prepare_distillation_
+from hf_hybrid.conversion.layer import is_hybrid_attention
+from hf_hybrid.distillation.calibration import NUM_SINKS, Call, look_back_histogram, median_distance
+from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import HybridConfigError
 from hf_hybrid.mixers import INITIALIZATIONS, GatedDeltaNetConfig, GLAConfig, LightningConfig, build_mixer
 
@@ -203,7 +203,7 @@ def test_a_purely_linear_layer_is_brought_to_the_scale_of_its_softmax():
 def test_texts_of_sinks_alone_say_nothing_of_half_lives():
     model = convert_to_hybrid(tiny_model(), GLAConfig())
     before = [mixer.decay.bias.clone() for mixer in mixers_of(model)]
-    with warns_in_log("hf_hybrid.calibration") as messages:
+    with warns_in_log("hf_hybrid.distillation.calibration") as messages:
         calibrate_mixers(model, batches(length=3), output_scale=False)
     assert any("too short to say how long layers remember" in message for message in messages)
     for old, mixer in zip(before, mixers_of(model), strict=True):

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_hybrid import SlidingWindowConfig, convert_to_hybrid, find_attention_sites, restore_full_attention
-from hf_hybrid.cache import HybridLinearLayer, cache_bytes
+from hf_hybrid.conversion.cache import HybridLinearLayer, cache_bytes
 from hf_hybrid.errors import (
     AlreadyHybridError,
     CheckpointError,
@@ -301,7 +301,7 @@ def test_the_shim_loads_where_nobody_imported_us(tmp_path):
         model.save_pretrained({str(tmp_path / "again")!r})
         print(type(model).__module__)
     """
-    assert run_python(code, HF_MODULES_CACHE=str(tmp_path / "modules")).strip() == "hf_hybrid.dynamic"
+    assert run_python(code, HF_MODULES_CACHE=str(tmp_path / "modules")).strip() == "hf_hybrid.modeling_hybrid"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)

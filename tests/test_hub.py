@@ -98,7 +98,7 @@ def test_a_bank_is_loaded_from_the_hub(run_client):
         from helpers import toy_trainer
         from tiny_models import tiny_model
         from hf_hybrid import load_mixer_bank
-        from hf_hybrid.bank import student_state
+        from hf_hybrid.adapters.bank import student_state
         from huggingface_hub import HfApi
         trainer = toy_trainer("run")
         trainer.train()

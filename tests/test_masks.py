@@ -8,7 +8,7 @@ from backbones.toy_models import toy_model
 from torch.nn.attention.flex_attention import create_block_mask
 
 from hf_hybrid import convert_to_hybrid
-from hf_hybrid.distillation import prepare_distillation_
+from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import UnsupportedModelError
 
 from helpers import SMALL_MIXER, assert_close

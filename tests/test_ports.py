@@ -5,9 +5,9 @@ import torch
 import transformers
 
 from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
-from hf_hybrid.distillation import discard_students_, prepare_distillation_
+from hf_hybrid.surgery import discard_students_, prepare_distillation_
 from hf_hybrid.errors import AlreadyHybridError, UnsupportedModelError
-from hf_hybrid.ports import PORTS, find_port
+from hf_hybrid.conversion.ports import PORTS, find_port
 
 from helpers import assert_close
 

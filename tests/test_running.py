@@ -13,8 +13,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
 from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
-from hf_hybrid.cache import HybridLinearLayer
-from hf_hybrid.distillation import prepare_distillation_
+from hf_hybrid.conversion.cache import HybridLinearLayer
+from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import HybridConfigError, UnsupportedModelError
 from hf_hybrid.mixers.base import LinearMixer
 
@@ -311,7 +311,7 @@ def test_attention_called_twice_in_a_forward_is_refused():
     original = attention.o_proj.forward
 
     def again(x):  # what a host does that attends twice, as differential attention
-        from hf_hybrid.attention import hybrid_attention_forward
+        from hf_hybrid.conversion.layer import hybrid_attention_forward
 
         query = torch.randn(2, 4, 9, 8)
         hybrid_attention_forward(attention, query, query[:, :2], query[:, :2], None)
@@ -323,7 +323,7 @@ def test_attention_called_twice_in_a_forward_is_refused():
 
 
 def test_keys_of_another_sequence_are_refused():
-    from hf_hybrid.attention import hybrid_attention_forward
+    from hf_hybrid.conversion.layer import hybrid_attention_forward
 
     model = hybrid()
     attention = model.model.layers[0].self_attn

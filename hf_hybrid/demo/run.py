@@ -1,7 +1,7 @@
 """`hf-hybrid demo`: SmolLM2-135M becomes a sentiment hybrid, on a laptop CPU.
 
-Distil every attention layer on local text, swap layers greedily on a validation metric, confirm on other data, measure on a test split that
-nothing before has seen, save, load back through `AutoModelForCausalLM`, print one table.
+Distil every attention layer on local text, swap layers greedily on a validation metric, confirm on other data, measure
+on a test split that nothing before has seen, save, load back through `AutoModelForCausalLM`, print one table.
 """
 
 import json
@@ -15,21 +15,26 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..callbacks import GreedyLayerSwapCallback
+from ..distillation.arguments import HybridTrainingArguments
+from ..distillation.data import pack_text
+from ..distillation.trainer import HybridTrainer
+from ..errors import CheckpointError
+from ..evaluation.intervals import accuracy_interval
+from ..evaluation.label_words import LabelWordTask
+from ..evaluation.perplexity import perplexity
+from ..evaluation.speed import compare_speed
+from ..hub.card import write_model_card
 from ..mixers import LinearAttentionConfig
-from ..model_card import write_model_card
 from ..ops import fast_fp32_matmul
-from ..plots import plot_layer_map, plot_trade_off
-from ..report import accuracy_interval, compare_speed, perplexity
-from ..tasks import LabelWordTask
-from ..trainer import HybridTrainer, pack_text
-from ..training_args import HybridTrainingArguments
+from ..search.callback import GreedyLayerSwapCallback
+from ..search.plots import plot_layer_map, plot_trade_off
 from .assets import movie_reviews, prose, teacher_folder
 
 
 PROMPT = "Movie review: {text}\nThe sentiment of this movie review is"
 LABEL_WORDS = [" negative", " positive"]
-# Prompts are 37 tokens long on average. The default window of 64 would see them whole, and swapping would change nothing to decide on.
+# Prompts are 37 tokens long on average. The default window of 64 would see them whole, and swapping would change
+# nothing to decide on.
 MIXER = LinearAttentionConfig(window_size=16, num_sink_tokens=4)
 
 
@@ -53,8 +58,8 @@ class DemoArguments:
 @dataclass
 class DemoSizes:
     """
-    What the two flavours of the demo do. Trials cost time in proportion to `selection` rows, and a search to 15 layers is 345 trials: 100
-    rows (one row is one point of accuracy) make it nine minutes on two cores.
+    What the two flavours of the demo do. Trials cost time in proportion to `selection` rows, and a search to 15 layers
+    is 345 trials: 100 rows (one row is one point of accuracy) make it nine minutes on two cores.
     """
 
     max_steps: int = 32  # x 4 sequences x 1,024 tokens = 131k tokens of distillation
@@ -134,13 +139,10 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
 
         console.rule("save, load back, time")
         trainer.save_model()
-        model = AutoModelForCausalLM.from_pretrained(options.output_dir, dtype=torch.float32)
-        loaded = perplexity(model, sequences)
-        if abs(loaded / rows[-1]["perplexity"] - 1) > 1e-4:
-            raise RuntimeError(
-                f"The saved hybrid has perplexity {loaded}, the one in memory {rows[-1]['perplexity']}."
-            )
-        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        device = trainer.args.device  # of the mixture they are compared with
+        model = AutoModelForCausalLM.from_pretrained(options.output_dir, dtype=torch.float32).to(device)
+        check_saved(perplexity(model, sequences), rows[-1]["perplexity"])
+        teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         trainer.swap_layers(report.best)
         contenders = {"teacher": teacher, "best": trainer.model, "hybrid": model}
         speed = {length: compare_speed(contenders, length) for length in sizes.lengths}
@@ -152,12 +154,27 @@ def run_demo(options: DemoArguments, console: Console | None = None) -> dict:
         "trials": len(report.trials),
         "tokens": sizes.max_steps * 4 * 1024,
         "sizes": asdict(sizes),
+        "device": device.type.upper(),
     }
     console.print(result_table(result))
     _write(options.output_dir, result, report, list(trainer.distill_sites), chosen, model)
     files = "checkpoint, swap_trace.jsonl, trade_off.png, layer_map.png, README.md (the model card)"
     console.print(f"Saved to {options.output_dir}: {files}.")
     return result
+
+
+def check_saved(loaded: float, in_memory: float) -> None:
+    """
+    The perplexity of the checkpoint must be that of the model it was saved from.
+
+    Raises:
+        CheckpointError: If they differ by more than rounding.
+    """
+    if not abs(loaded / in_memory - 1) <= 1e-4:
+        raise CheckpointError(
+            f"The saved hybrid must have the perplexity of the one in memory, {in_memory}; got {loaded}. "
+            "Please report it."
+        )
 
 
 def _make_trainer(options: DemoArguments, sizes: DemoSizes, folder: str, task: LabelWordTask, splits) -> HybridTrainer:
@@ -182,8 +199,8 @@ def _make_trainer(options: DemoArguments, sizes: DemoSizes, folder: str, task: L
     )
     return HybridTrainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        MIXER,
-        arguments,
+        mixer=MIXER,
+        args=arguments,
         train_dataset=distillation_text(splits, task.tokenizer, sizes, options.seed),
         eval_dataset=task.dataset(splits["selection"]),
         processing_class=task.tokenizer,
@@ -262,6 +279,9 @@ def _card_section(result) -> str:
     names, lines = _cells(result)
     markdown = ["## Measured", "", "| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     markdown += ["| " + " | ".join(cells) + " |" for cells in lines]
-    note = "Test data was seen by nothing before. Times: CPU, batch 1, fp32, medians of side-by-side rounds; ratios above 1 are faster than the teacher."
+    note = (
+        f"Test data was seen by nothing before. Times: {result['device']}, batch 1, fp32, medians of side-by-side "
+        "rounds; ratios above 1 are faster than the teacher."
+    )
     quick = "**Made by the quick demo: a path to look at, not a result.**\n\n" if result["quick"] else ""
     return quick + "\n".join([*markdown, "", note, "", "![trade-off](trade_off.png)", "", "![layers](layer_map.png)"])

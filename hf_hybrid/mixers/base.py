@@ -5,16 +5,20 @@ rotary embedding, key-value heads unexpanded) and returns what the softmax would
 tensors whose first axis is the batch; caches are somebody else's business.
 """
 
+import copy
 import dataclasses
+import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..errors import HybridConfigError, UnknownMixerError, closest
+from .heads import query_heads, select_heads
 
 
 # What a fresh mixer can take from its place in a pretrained model, beside the layer's own projections. `identity_maps`: learned feature maps
@@ -60,21 +64,28 @@ class LinearMixer(nn.Module, ABC):
     Base class of every mixer. Concrete mixers are final: share code by calling functions, not by subclassing them.
 
     Args:
-        num_heads (`int`): Query heads `H`.
-        num_key_value_heads (`int`): Key-value heads; `num_heads` must be a multiple.
+        num_heads (`int`): Query heads of the layer.
+        num_key_value_heads (`int`): Key-value heads of the layer; `num_heads` must be a multiple.
         head_dim (`int`): Size `K` of queries and keys per head.
         value_dim (`int`): Size `V` of values per head.
         hidden_size (`int`): Size of the layer's input, for mixers with data-dependent gates.
         causal (`bool`): Whether token t may see later tokens.
+        heads (`Sequence[int]`, *optional*): The layer's key-value heads that the mixer serves; all of them by default. From then on
+            `num_key_value_heads` and `num_heads` are counts of these and of the query heads that read them.
         settings: The fields of the mixer's config.
 
     Raises:
-        HybridConfigError: If the heads do not divide, or the mixer has no bidirectional form and `causal` is `False`.
+        HybridConfigError: If the heads do not divide or are not the layer's, or the mixer has no bidirectional form and `causal` is `False`.
     """
 
     config_class: ClassVar[type[MixerConfig]]
     supports_bidirectional: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
+    # Axes of every parameter, by its name: `H` query heads, `G` key-value heads, `S` states, other letters for anything else; see `heads.py`.
+    # It is what lets a mixer run on some heads. Names may end in `*`.
+    head_layouts: ClassVar[dict[str, str]] = {}
+    # set by `build_mixer`: what the mixer was built from
+    config: MixerConfig
     # the part left out on purpose, of a mixer that has both: "window", "state" or None
     ablated: str | None = None
 
@@ -87,6 +98,7 @@ class LinearMixer(nn.Module, ABC):
         value_dim: int,
         hidden_size: int,
         causal: bool,
+        heads: Sequence[int] | None = None,
     ):
         super().__init__()
         name = self.config_class.name
@@ -98,7 +110,14 @@ class LinearMixer(nn.Module, ABC):
             raise HybridConfigError(
                 f"{name} has no bidirectional form, but this attention layer is bidirectional. Leave the layer out of `layers`."
             )
-        self.num_heads, self.num_key_value_heads = num_heads, num_key_value_heads
+        self.layer_sizes = {"num_heads": num_heads, "num_key_value_heads": num_key_value_heads}
+        self.heads = tuple(range(num_key_value_heads)) if heads is None else tuple(heads)
+        if not self.heads or list(self.heads) != sorted({*self.heads} & {*range(num_key_value_heads)}):
+            raise HybridConfigError(
+                f"{name}: heads must be some of the layer's key-value heads 0..{num_key_value_heads - 1}, in order, each once; got {heads!r}."
+            )
+        self.groups = num_heads // num_key_value_heads  # query heads that read one key-value head
+        self.num_heads, self.num_key_value_heads = self.groups * len(self.heads), len(self.heads)
         self.head_dim, self.value_dim, self.hidden_size, self.causal = head_dim, value_dim, hidden_size, causal
 
     @abstractmethod
@@ -140,6 +159,7 @@ class LinearMixer(nn.Module, ABC):
         state: tuple[torch.Tensor, ...] | None = None,
         output_final_state: bool = False,
         inplace_final_state: bool = False,
+        heads: tuple[int, ...] | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """
         Args:
@@ -153,10 +173,22 @@ class LinearMixer(nn.Module, ABC):
             output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
             inplace_final_state (`bool`, *optional*, defaults to `False`): Allow a one-token call to overwrite the tensors of `state`, which
                 saves the copy. Not under autograd.
+            heads (`tuple[int, ...]`, *optional*): Run as the mixer over these of the layer's key-value heads, which must be some of its own:
+                queries, keys, values and state are theirs alone. All of its own by default.
 
         Returns:
             `(output, state)`: `[B, T, H, V]` in the dtype of query, key and value (where they differ: autocast's, else the widest), and a tuple of tensors (batch first) or `None`.
         """
+        if heads is not None and heads != self.heads:
+            mixer, parameters = self._over(heads)
+            options = {
+                "valid": valid,
+                "segments": segments,
+                "state": state,
+                "output_final_state": output_final_state,
+                "inplace_final_state": inplace_final_state,
+            }
+            return functional_call(mixer, parameters, (query, key, value, hidden_states), options)
         if self.needs_hidden_states and hidden_states is None:
             raise HybridConfigError(
                 f"{self.config_class.name} makes its gates from the layer's input. Pass hidden_states [B, T, D]."
@@ -187,6 +219,68 @@ class LinearMixer(nn.Module, ABC):
                 query, key, value, hidden_states, valid=valid, state=state, inplace_final_state=inplace_final_state
             )
         return output, (final_state if output_final_state else None)
+
+    def _over(self, heads: tuple[int, ...]) -> tuple["LinearMixer", dict[str, torch.Tensor]]:
+        """A mixer over some of its heads, without weights, and its weights: the parts of these parameters that belong to those heads."""
+        mixers = self.__dict__.setdefault("_mixers_over", {})
+        if heads not in mixers:
+            wrong = [head for head in heads if head not in self.heads]
+            if wrong:
+                raise HybridConfigError(
+                    f"{self.config_class.name}: heads must be some of the mixer's key-value heads {list(self.heads)}; got {wrong[0]}."
+                )
+            sizes = {name: getattr(self, name) for name in ("head_dim", "value_dim", "hidden_size", "causal")}
+            with torch.device("meta"):
+                mixers[heads] = build_mixer(self.config, **self.layer_sizes, **sizes, heads=heads)
+        mixer = mixers[heads]
+        mixer.ablated = self.ablated
+        return mixer, {name: self._rows(name, value, heads) for name, value in self.named_parameters()}
+
+    def _rows(self, name: str, parameter: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+        matching = [layout for pattern, layout in self.head_layouts.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            raise HybridConfigError(
+                f"{self.config_class.name} cannot run on some heads only: its `head_layouts` do not say how {name!r} is laid out. Add an entry to "
+                f"{type(self).__name__}.head_layouts, or convert whole layers."
+            )
+        own = [self.heads.index(head) for head in heads]
+        queries = query_heads(own, self.groups)
+        states = own if self.num_states == self.num_key_value_heads else queries
+        indices = {"G": own, "H": queries, "S": states}
+        sizes = {
+            "G": self.num_key_value_heads,
+            "H": self.num_heads,
+            "S": self.num_states,
+            "K": self.head_dim,
+            "V": self.value_dim,
+        }
+        tensors = {axis: torch.tensor(rows, device=parameter.device) for axis, rows in indices.items()}
+        return select_heads(parameter, matching[0], tensors, sizes)
+
+    @property
+    def num_states(self) -> int:
+        """`H_s`: recurrent states, one per key-value head unless the mixer has more."""
+        return self.num_key_value_heads
+
+    def restricted(self, heads: Sequence[int]) -> "LinearMixer":
+        """A mixer of its own over some of the heads, with copies of their parameters: what a checkpoint of those heads holds."""
+        heads = tuple(heads)
+        if heads == self.heads:
+            return copy.deepcopy(self)
+        empty, parameters = self._over(heads)
+        mixer = (
+            copy.deepcopy(empty).to_empty(device=next(iter(parameters.values())).device)
+            if parameters
+            else copy.deepcopy(empty)
+        )
+        with torch.no_grad():
+            for name, value in parameters.items():
+                owner, _, attribute = name.rpartition(".")
+                trains = self.get_parameter(name).requires_grad
+                setattr(
+                    mixer.get_submodule(owner), attribute, nn.Parameter(value.detach().clone(), requires_grad=trains)
+                )
+        return mixer.train(self.training)
 
     def _mix_packed(self, query, key, value, hidden_states, valid, segments, state, output_final_state):
         """Give every packed sequence a row of its own, mix, and put the tokens back. Exact for every mixer."""
@@ -285,7 +379,9 @@ def resolve_mixer_config(mixer: "str | dict | MixerConfig") -> MixerConfig:
 def build_mixer(config: MixerConfig, **sizes) -> LinearMixer:
     """Build the mixer a config describes for one attention layer of the given sizes (the arguments of [`LinearMixer`])."""
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return get_mixer(config.name)(**sizes, **settings)
+    mixer = get_mixer(config.name)(**sizes, **settings)
+    mixer.config = config
+    return mixer
 
 
 def check_initialization(names: "str | Collection[str]") -> tuple[str, ...]:

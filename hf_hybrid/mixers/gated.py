@@ -50,11 +50,16 @@ class GatedMixer(LinearMixer):
 
     num_own_states: ClassVar[int] = 1
     needs_hidden_states = True
+    head_layouts = {
+        "output_stage.weight": "H V",
+        "output_stage.state_logit": "H",
+        "output_stage.gate.down": "r D",
+        "output_stage.gate.up": "(H V) r",
+    }
 
     def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, **sizes):
         super().__init__(**sizes)
-        self.window_size = window_size
-        self.num_states = self.num_heads if state_per_query_head else self.num_key_value_heads
+        self.window_size, self.state_per_query_head = window_size, state_per_query_head
         self.output_stage = OutputStage(
             self,
             window_size=window_size,
@@ -62,6 +67,10 @@ class GatedMixer(LinearMixer):
             output_gate=output_gate,
             gate_rank=gate_rank,
         )
+
+    @property
+    def num_states(self) -> int:
+        return self.num_heads if self.state_per_query_head else self.num_key_value_heads
 
     @abstractmethod
     def recur(

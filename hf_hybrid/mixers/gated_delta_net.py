@@ -29,6 +29,13 @@ class GatedDeltaNet(GatedMixer):
     """
 
     config_class = GatedDeltaNetConfig
+    head_layouts = {
+        **GatedMixer.head_layouts,
+        "gates.decay_weight": "S D",
+        "gates.beta_weight": "S D",
+        "gates.log_rate": "S",
+        "gates.decay_bias": "S",
+    }
 
     def __init__(self, **settings):
         super().__init__(**settings)

@@ -30,6 +30,7 @@ class GLA(GatedMixer):
     """
 
     config_class = GLAConfig
+    head_layouts = {**GatedMixer.head_layouts, "decay.down": "r D", "decay.up": "(S K) r", "decay.bias": "(S K)"}
     temperature = 16.0
     # log-decays are kept above: trained gates stay far from it, and one product per chunk does
     min_decay = -2.0

@@ -42,6 +42,16 @@ class JetBlock(GatedMixer):
     """
 
     config_class = JetBlockConfig
+    head_layouts = {
+        **GatedMixer.head_layouts,
+        "gates.decay_weight": "S D",
+        "gates.beta_weight": "S D",
+        "gates.log_rate": "S",
+        "gates.decay_bias": "S",
+        "convolution.down": "r D",
+        "convolution.up": "(w G V) r",
+        "convolution.bias": "w G V",
+    }
     num_own_states = 2
 
     def __init__(self, *, kernel_size, **settings):

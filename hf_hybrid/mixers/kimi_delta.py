@@ -29,6 +29,14 @@ class KimiDelta(GatedMixer):
     """
 
     config_class = KimiDeltaConfig
+    head_layouts = {
+        **GatedMixer.head_layouts,
+        "gates.decay.down": "r D",
+        "gates.decay.up": "(S K) r",
+        "gates.decay.bias": "(S K)",
+        "gates.beta_weight": "S D",
+        "gates.log_rate": "S",
+    }
     # log-decays are kept above, as in the paper's own kernels: e^-5 forgets all but 0.7 %
     min_decay = -5.0
 

@@ -8,6 +8,7 @@ from ..ops import gated_linear_attention
 from .base import register_mixer
 from .gated import GatedConfig, GatedMixer
 from .gates import masked
+from .heads import query_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,14 @@ class Lightning(GatedMixer):
 
     def recur(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         wide = torch.promote_types(query.dtype, torch.float32)
-        index = torch.arange(1, self.num_states + 1, device=query.device, dtype=wide)
-        decay = -torch.exp2(-8.0 * index / self.num_states)
+        # the place of each state among all of the layer's, of which this mixer may serve some only
+        places = query_heads(self.heads, self.groups) if self.state_per_query_head else list(self.heads)
+        total = self.layer_sizes["num_heads" if self.state_per_query_head else "num_key_value_heads"]
+        if len(places) == total:
+            index = torch.arange(1, total + 1, device=query.device, dtype=wide)
+        else:
+            index = torch.tensor(places, device=query.device, dtype=wide) + 1
+        decay = -torch.exp2(-8.0 * index / total)
         key, decay = masked(valid, key, decay.expand(*query.shape[:2], -1))
         output, final = gated_linear_attention(
             query, key, value, decay=decay, scale=self.head_dim**-0.5, initial_state=state[0] if state else None,

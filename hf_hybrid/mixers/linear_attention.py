@@ -72,6 +72,7 @@ class LinearAttention(LinearMixer):
 
     config_class = LinearAttentionConfig
     supports_bidirectional = True
+    head_layouts = {"log_weight": "H", "output_scale": "H", "feature_map_q.*": "H", "feature_map_k.*": "G"}
     # log-weight of the linear part before training: 1.8 % per unit of feature product. Measured in LOG.md.
     quiet_log_weight = -4.0
 

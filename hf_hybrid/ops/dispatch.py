@@ -261,9 +261,7 @@ def _fla_gated(
         kwargs["beta"] = beta.float().repeat_interleave(groups_of_state, dim=2).contiguous()
         kwargs["use_qk_l2norm_in_kernel"] = qk_l2norm
     # the one-token kernels have no backward
-    step_form = one_token and not (
-        torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, decay))
-    )
+    step_form = one_token and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, decay)))
     if beta is None and not per_channel:
         from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 

@@ -265,9 +265,7 @@ def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, 
         sink_count = sink_count + is_sink
         run = torch.where(window[:, -1], (run + 1).clamp_max(window_size), 0)
 
-        all_keys, all_values = (
-            x.to(wide).repeat_interleave(groups, dim=1) for x in (keys, values)
-        )  # [B, H, S + W, .]
+        all_keys, all_values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (keys, values))  # [B, H, S + W, .]
         scores = (all_keys @ query[:, t].to(wide).unsqueeze(-1)).squeeze(-1) * scale
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
         row_max = scores.amax(-1, keepdim=True)
@@ -290,9 +288,7 @@ def mapped(query, key, feature_map_q, feature_map_k, valid):
 
 def _features(feature_map, x):
     """`[B, T, H, K]` -> `[B, T, H, F]`."""
-    return (
-        x if feature_map is None else feature_map.features(x.transpose(1, 2), *feature_map.weights()).transpose(1, 2)
-    )
+    return x if feature_map is None else feature_map.features(x.transpose(1, 2), *feature_map.weights()).transpose(1, 2)
 
 
 def _with_one(value):

@@ -16,12 +16,12 @@ from transformers import AutoConfig, DynamicCache
 from transformers.models.auto import modeling_auto
 
 from hf_hybrid import convert_to_hybrid, restore_full_attention
-from hf_hybrid.attention import is_hybrid_attention
-from hf_hybrid.distillation import discard_students_, prepare_distillation_
+from hf_hybrid.conversion.layer import is_hybrid_attention
+from hf_hybrid.surgery import discard_students_, prepare_distillation_
 from hf_hybrid.errors import UnsupportedModelError
-from hf_hybrid.masks import PICTURE_BLOCKS
+from hf_hybrid.conversion.masks.padding import PICTURE_BLOCKS
 from hf_hybrid.modeling_hybrid import AUTO_CLASSES
-from hf_hybrid.probe import ProbedModel, probe_attention
+from hf_hybrid.conversion.probe import ProbedModel, probe_attention
 
 from .pictures import picture_inputs
 from .toy_configs import IMAGE_TOKEN, toy_config

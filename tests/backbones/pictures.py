@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_hybrid.dummy_inputs import _Builder
+from hf_hybrid.conversion.dummy_inputs import _Builder
 
 from .toy_configs import IMAGE_TOKEN
 from .toy_inputs import grid, ids, noise

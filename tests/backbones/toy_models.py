@@ -8,7 +8,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from hf_hybrid.dummy_inputs import dummy_inputs
+from hf_hybrid.conversion.dummy_inputs import dummy_inputs
 
 from .toy_configs import toy_config
 from .toy_inputs import INPUTS

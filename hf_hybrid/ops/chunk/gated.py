@@ -162,9 +162,7 @@ def _linear_block(state, rows, columns, values, cumulative, strength, sub_chunk_
         kept = (columns * (last - cumulative).exp().to(dtype)).reshape(matrices, size, key_dim)
         increments = torch.bmm(kept.transpose(1, 2), values.reshape(matrices, size, -1))
         states, state = _run(state, last.exp(), increments.view(num_states, num_chunks, key_dim, -1))
-        rows = _times(rows, cumulative.exp().unsqueeze(2).to(dtype), in_place).reshape(
-            matrices, groups * size, key_dim
-        )
+        rows = _times(rows, cumulative.exp().unsqueeze(2).to(dtype), in_place).reshape(matrices, groups * size, key_dim)
         return torch.baddbmm(mixed, rows, states.to(dtype).flatten(0, 1)), state
 
 

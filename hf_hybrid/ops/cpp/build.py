@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from ...paths import cache_folder
+from ...cache_folder import cache_folder
 from .arguments import SIGNATURES
 
 

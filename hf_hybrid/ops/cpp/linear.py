@@ -135,21 +135,16 @@ class _LinearAttention(torch.autograd.Function):
         if grad_first is not None:
             grad_first = grad_first.to(state.dtype)
         sums = [
-            None if g is None else g.sum(0).to(w.dtype)
-            for g, w in zip(grad_weights, (weight_q, weight_k), strict=True)
+            None if g is None else g.sum(0).to(w.dtype) for g, w in zip(grad_weights, (weight_q, weight_k), strict=True)
         ]
         return None, None, None, *grads, grad_first, *sums
 
 
 def bidirectional_linear_attention(query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None):
     """[`naive.naive_bidirectional_linear_attention`]. No gradients."""
-    weight_q, weight_k = (
-        None if f is None or not (w := f.weights()) else w[0] for f in (feature_map_q, feature_map_k)
-    )
+    weight_q, weight_k = (None if f is None or not (w := f.weights()) else w[0] for f in (feature_map_q, feature_map_k))
     output = query.new_empty(*query.shape[:3], value.shape[3])
-    structure, alive = linear_arguments(
-        feature_map_k, valid, True, query, key, value, None, weight_q, weight_k, output
-    )
+    structure, alive = linear_arguments(feature_map_k, valid, True, query, key, value, None, weight_q, weight_k, output)
     library().hf_hybrid_bidirectional_forward(ctypes.byref(structure))
     del alive
     return output

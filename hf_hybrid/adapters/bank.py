@@ -1,0 +1,223 @@
+"""The mixer bank: the mixers of all layers without the backbone, on disk a PEFT adapter. Small and task-agnostic; every task then needs only a search."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+
+import torch
+from huggingface_hub import snapshot_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from ..configuration_hybrid import LinearSite
+from ..conversion.layer import hybrid_layers
+from ..errors import AlreadyHybridError, CheckpointError, HybridError
+from ..modeling_hybrid import describe
+from ..surgery import discard_students_, is_of_students, linear_heads, prepare_distillation_
+from . import first_format
+from .config import HybridPeftConfig
+from .fingerprint import TOLERANCE, base_fingerprint
+
+
+PREFIX = "base_model.model."
+
+
+def student_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What an adapter holds of a model with mixers, by parameter name; collective where parameters are sharded: call it on every rank."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if is_of_students(f".{name}") and parameter.dtype.is_floating_point:
+            value = parameter.detach()
+            tensors[name] = value.full_tensor() if isinstance(value, DTensor) else value
+    return tensors
+
+
+def adapter_config(model: PreTrainedModel) -> HybridPeftConfig:
+    """The adapter that the mixers of a model are, with the switch as it stands."""
+    layers = hybrid_layers(model)
+    first = next(iter(layers.values()))
+    config = HybridPeftConfig(
+        mixer=first.hybrid_config.to_dict(),
+        projections=model.projections,
+        projection_rank=model.__dict__.get("distill_rank", 8),
+        base_model_name_or_path=model.config.hybrid["base_model"]["name_or_path"],
+        revision=model.config.hybrid["base_model"]["revision"],
+        inference_mode=True,
+    )
+    config.describe_sites(
+        {
+            name: LinearSite(layer.hybrid_site, layer.hybrid_config.to_dict(), layer.hybrid.heads)
+            for name, layer in layers.items()
+        }
+    )
+    config.base_fingerprint = base_fingerprint(model, layers)
+    switched = linear_heads(model)
+    config.linear_heads = {name: list(heads) for name, heads in switched.items()} or None
+    return config
+
+
+def adapter_key(name: str) -> str:
+    """The name in `adapter_model.safetensors` of a parameter of the model: PEFT's tuner layer holds mixers under its own prefix."""
+    return PREFIX + name.replace(".hybrid.", ".hybrid_mixer.")
+
+
+def write_adapter(folder: str | os.PathLike, config: HybridPeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, both or neither: the config goes first and comes last."""
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        config.save_pretrained(temporary)
+        # cloned: parameters of one mixer may share memory, which the format does not allow
+        named = {adapter_key(name): value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        save_file(named, os.path.join(temporary, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        if os.path.exists(os.path.join(folder, CONFIG_NAME)):
+            os.remove(os.path.join(folder, CONFIG_NAME))
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+
+
+def read_adapter(folder: str | os.PathLike) -> tuple[HybridPeftConfig, dict[str, torch.Tensor]]:
+    """
+    Config and tensors of an adapter, by parameter name.
+
+    Raises:
+        CheckpointError: If they cannot be read.
+    """
+    try:
+        config = HybridPeftConfig.from_pretrained(str(folder))
+        tensors = load_file(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    except HybridError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} is no readable adapter of mixers ({CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}): {error}. Save or download it again."
+        ) from error
+    if not isinstance(config, HybridPeftConfig) or not isinstance(config.sites, dict):
+        raise CheckpointError(
+            f"{folder}: {CONFIG_NAME} is not of a HYBRID adapter that was trained. Save or download it again."
+        )
+    named = {key.removeprefix(PREFIX).replace(".hybrid_mixer.", ".hybrid."): value for key, value in tensors.items()}
+    return config, named
+
+
+def check_base(config: HybridPeftConfig, model: PreTrainedModel, where: str) -> dict[str, LinearSite]:
+    """
+    The layers of an adapter, if it was made for this model.
+
+    Raises:
+        CheckpointError: If entries are missing, or it was made for another base model.
+    """
+    sites = config.linear_sites(where)
+    theirs = config.base_fingerprint
+    if not sites or not isinstance(theirs, dict) or set(theirs) != set(sites):
+        raise CheckpointError(f"{where} lacks entries: sites and their fingerprints. The file was edited.")
+    base = config.base_model_name_or_path
+    try:
+        ours = base_fingerprint(model, sites)
+    except (AttributeError, KeyError):
+        missing = next(name for name in sites if not _has(model, name))
+        raise CheckpointError(
+            f"{where}: distilled from {base!r}; {describe(model)} has no layer {missing!r}. Load that base model."
+        ) from None
+    other = [name for name in sites if not abs(ours[name] - theirs[name]) <= TOLERANCE]
+    if other:
+        raise CheckpointError(
+            f"{where}: distilled from {base!r}; the weights of {describe(model)} at {other[0]!r} are others. Load the base model it was "
+            "distilled from."
+        )
+    return sites
+
+
+def _has(model: torch.nn.Module, name: str) -> bool:
+    return name in hybrid_layers(model) or any(path == name for path, _ in model.named_modules())
+
+
+def save_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike) -> None:
+    """
+    Write the mixers of a model in distillation to `folder`, as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        AlreadyHybridError: If the model has no mixers.
+    """
+    if not hybrid_layers(model):
+        raise AlreadyHybridError(
+            f"{describe(model)} has no students to save: a mixer bank is written between distillation and finalize."
+        )
+    write_adapter(folder, adapter_config(model), student_state(model))
+
+
+def load_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike, **hub_kwargs) -> PreTrainedModel:
+    """
+    Put the mixers of a bank beside the attention of their base model, in place: the model is in distillation, with all switches off.
+
+    Args:
+        model (`PreTrainedModel`): The base model.
+        folder (`str`): A folder, or a repository on the Hub; also one that an earlier version of this package wrote.
+        hub_kwargs: Arguments of `snapshot_download`, for a repository.
+
+    Raises:
+        CheckpointError: If the bank is incomplete, edited, or belongs to another base model.
+    """
+    if not os.path.isdir(folder):
+        wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *first_format.FILES]
+        folder = snapshot_download(str(folder), allow_patterns=wanted, **hub_kwargs)
+    if first_format.is_bank(folder):
+        config, tensors = first_format.read_bank(folder, model)
+    else:
+        config, tensors = read_adapter(folder)
+    sites = check_base(config, model, os.path.join(folder, CONFIG_NAME))
+    kinds = {str(sorted(site.mixer.items())) for site in sites.values()}
+    if len({site.mixer["name"] for site in sites.values()}) != 1:
+        raise CheckpointError(f"The mixer bank {folder} must hold one mixer for all its sites; got {len(kinds)}.")
+    partial = {
+        name: list(site.heads) for name, site in sites.items() if len(site.heads) < site.site.num_key_value_heads
+    }
+    prepare_distillation_(
+        model,
+        config.mixer_config,
+        list(sites),
+        heads=partial or None,
+        projections=config.projections,
+        rank=config.projection_rank,
+    )
+    try:
+        load_student_state(model, tensors, str(folder))
+    except CheckpointError:
+        discard_students_(model)
+        raise
+    return model
+
+
+def load_student_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """
+    Copy `tensors` into the mixers; every name and shape must fit, both ways.
+
+    Raises:
+        CheckpointError: If one does not; nothing was copied.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if is_of_students(f".{name}")}
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)
+    if wrong:
+        raise CheckpointError(
+            f"{where} does not fit the students: {len(wrong)} tensors differ, the first {wrong[0]!r}. It was edited."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            value = tensors[name].to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
+
+
+__all__ = [
+    "adapter_config",
+    "check_base",
+    "load_mixer_bank",
+    "load_student_state",
+    "read_adapter",
+    "save_mixer_bank",
+    "student_state",
+    "write_adapter",
+]

@@ -1,0 +1,67 @@
+"""`hf-hybrid search`: a mixer bank and a task become a hybrid."""
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from ..distillation.arguments import HybridTrainingArguments
+from ..distillation.trainer import HybridTrainer
+from ..search.callback import GreedyLayerSwapCallback
+from .options import ModelArguments, TaskArguments
+
+
+@dataclass
+class SearchArguments:
+    """The search."""
+
+    mixer_bank: str = field(metadata={"help": "Folder or Hub repository that `hf-hybrid distill` wrote."})
+    metric: str = field(
+        default="loss",
+        metadata={
+            "help": "loss, or accuracy with --prompt and --label_words. --greater_is_better says which way it goes, "
+            "where its name does not."
+        },
+    )
+    max_drop: str = field(
+        default="2%", metadata={"help": 'Allowed loss of the metric: absolute, or relative as "2%%".'}
+    )
+    max_layers: int | None = field(default=None, metadata={"help": "Stop after this many swaps."})
+    keep: str = field(
+        default="most_linear", metadata={"help": "Which result to save.", "choices": ["most_linear", "best"]}
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue an interrupted search in output_dir."})
+
+
+OPTIONS = (HybridTrainingArguments, ModelArguments, TaskArguments, SearchArguments)
+
+
+def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArguments, options: SearchArguments) -> None:
+    """Swap layers greedily on your data, with the students of a bank, and save the hybrid to output_dir."""
+    tokenizer = model.tokenizer()
+    labels = task.task(tokenizer)
+    trainer = HybridTrainer(
+        model.load(),
+        args=args,
+        mixer_bank=options.mixer_bank,
+        eval_dataset=task.sequences(tokenizer) if labels is None else task.examples(labels),
+        processing_class=tokenizer,
+        **({} if labels is None else labels.trainer_kwargs()),
+    )
+    if not options.resume:
+        trainer.check_output_folder()
+    callback = GreedyLayerSwapCallback(
+        options.metric,
+        options.max_drop,
+        args.greater_is_better,  # an option of TrainingArguments, unset unless it is given
+        max_layers=options.max_layers,
+        keep=options.keep,
+    )
+    report = callback.search(trainer)
+    trainer.save_model()
+    trainer.create_model_card()
+    last = report.commits[-1].metrics[report.metric] if report.commits else report.base
+    Console().print(
+        f"Swapped {len(trainer.swapped_layers())} of {len(trainer.distill_sites)} layers, "
+        f"{report.metric} {report.base:.4g} -> {last:.4g} (floor {report.floor:.4g}, {len(report.trials)} trials); "
+        f"saved to {args.output_dir}."
+    )

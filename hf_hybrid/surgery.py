@@ -1,0 +1,406 @@
+"""A model becomes a hybrid and back, and its switch is set: functions on whole models, in place."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_hybrid import PROJECTIONS, AttentionSite
+from .conversion.layer import (
+    HybridAttentionMixin,
+    check_heads,
+    check_own_forward,
+    convert_attention_,
+    hybrid_layers,
+    is_hybrid_attention,
+    put_mixer_,
+    restore_attention_,
+)
+from .conversion.offload import check_not_preloaded, execution_device
+from .conversion.ports import find_port
+from .conversion.probe import ProbedModel, probe_attention
+from .conversion.projections import merge_deltas_, new_deltas
+from .conversion.sites import select_heads
+from .errors import AlreadyHybridError, HybridConfigError, UnsupportedModelError, closest
+from .mixers import (
+    INITIALIZATIONS,
+    LinearMixer,
+    MixerConfig,
+    build_mixer,
+    check_initialization,
+    resolve_mixer_config,
+)
+from .modeling_hybrid import HybridModelMixin, become_base_, become_hybrid_, describe, mixer_dtype
+from .objectives.local import start_distillation_
+
+
+logger = logging.get_logger(__name__)
+
+
+def find_attention_sites(model: PreTrainedModel, example_inputs: dict | None = None) -> list[AttentionSite]:
+    """
+    Every place in `model` where attention can be replaced, in the order of execution. The position in this list is the layer index
+    that `convert_to_hybrid` and the search use; a site's `key_value_heads` are the heads that they take.
+
+    Args:
+        model (`PreTrainedModel`): The model; it is run once on a few tokens, a picture or a sound, and comes back unchanged.
+        example_inputs (`dict`, *optional*): Arguments of that forward, for models whose arguments cannot be told from their config.
+
+    Raises:
+        UnsupportedModelError: If there is no such place.
+    """
+    return probe_attention(model, example_inputs).sites
+
+
+def convert_to_hybrid(
+    model: PreTrainedModel,
+    mixer: str | dict | MixerConfig = "linear_attention",
+    layers=None,
+    *,
+    heads: Mapping | None = None,
+    initialization: str | Collection[str] = INITIALIZATIONS,
+    example_inputs: dict | None = None,
+) -> PreTrainedModel:
+    """
+    Replace the softmax of some attention layers, or of some of their key-value heads, by a mixer, in place and without training.
+
+    Args:
+        model (`PreTrainedModel`): The model. It becomes a `Hybrid…` model that still is an instance of its former class; all weights keep
+            their names and values, mixer parameters appear under `<attention>.hybrid.*`.
+        mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): A name of `list_mixers()` or a config.
+        layers (*optional*): Indices or names of attention sites, a part of the model (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`), a
+            module around sites (`"model.vision_tower"`), or a predicate on [`AttentionSite`]. All of them by default.
+        heads (`dict`, *optional*): Key-value heads that become linear, by layer: `{"model.layers.3.self_attn": [0, 2]}`. The others keep their softmax, their
+            keys and their values. Layers that it does not name become linear whole; without `layers`, it names the layers too.
+        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, see
+            [`HybridTrainingArguments`]; all of it by default. `half_lives` and `output_scale` are [`calibrate_mixers`]' business.
+        example_inputs (`dict`, *optional*): See [`find_attention_sites`].
+
+    Returns:
+        `PreTrainedModel`: The same object, now hybrid.
+
+    Raises:
+        AlreadyHybridError: If a selected layer is converted already.
+        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages; nothing was changed.
+
+    Example:
+
+        >>> model = convert_to_hybrid(model, mixer="sliding_window", layers=[1, 3, 5])
+    """
+    config, initialization = resolve_mixer_config(mixer), check_initialization(initialization)
+    check_convertible(model)
+    probed = probe_attention(model, example_inputs)
+    selected = select_heads(layers, heads, probed.sites, describe(model))
+    put_mixers_(model, config, probed, selected, initialization)
+    converted = hybrid_layers(model)
+    for name, (_, wanted) in selected.items():
+        converted[name].linear_heads = wanted
+    become_hybrid_(model, "shared" if not isinstance(model, HybridModelMixin) else model.projections)
+    logger.info(f"Converted {len(selected)} of {len(probed.sites)} attention layers to {config.name}.")
+    return model
+
+
+def put_mixers_(
+    model: PreTrainedModel,
+    config: MixerConfig,
+    probed: ProbedModel,
+    selected: dict[str, tuple[AttentionSite, tuple[int, ...]]],
+    initialization: Collection[str] = INITIALIZATIONS,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put fresh mixers beside the selected layers' attention, in place, all switches off. Nothing is changed if one of them refuses."""
+    modules = dict(model.named_modules())
+    for name in selected:
+        if is_hybrid_attention(modules[name]):
+            raise AlreadyHybridError(
+                f"{name} of {describe(model)} is converted already. Call restore_full_attention(model) first, or select other layers."
+            )
+        check_own_forward(modules[name])
+    if not isinstance(model, HybridModelMixin):
+        check_own_forward(model)
+    check_not_preloaded(model, list(selected))
+    _refuse_ported_heads(modules, selected)
+    # build everything before touching anything: a mixer that refuses leaves the model as it was
+    mixers = {
+        name: new_mixer(config, site, wanted, modules[name], initialization, dtype or mixer_dtype(model, modules[name]))
+        for name, (site, wanted) in selected.items()
+    }
+    warn_of_losses({name: probed.lost[name] for name in selected})
+    for name, (site, _) in selected.items():
+        convert_attention_(modules[name], mixers[name], site)
+
+
+def _refuse_ported_heads(modules: dict[str, nn.Module], selected) -> None:
+    for name, (site, wanted) in selected.items():
+        if len(wanted) < site.num_key_value_heads and find_port(type(modules[name])) is not None:
+            raise UnsupportedModelError(
+                f"{name} ({type(modules[name]).__name__}): the family computes its softmax inline, where heads cannot be taken out. Convert whole layers of "
+                "it, or none."
+            )
+
+
+def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Undo [`convert_to_hybrid`], in place: the model's class, config class, weights and their names are those of the family again.
+
+    Raises:
+        AlreadyHybridError: If the model is not hybrid.
+    """
+    if not isinstance(model, HybridModelMixin):
+        raise AlreadyHybridError(f"{describe(model)} is not hybrid: there is nothing to restore.")
+    if model.projections != "shared" and model.config.hybrid["sites"] and not _has_deltas(model):
+        raise AlreadyHybridError(
+            f"{describe(model)} was distilled with projections={model.projections!r}: its linear layers have projections of their own, over which "
+            "the softmax is not what it was. Load the base model instead."
+        )
+    for layer in hybrid_layers(model).values():
+        restore_attention_(layer)
+    forget_distillation_(model)
+    become_base_(model)
+    return model
+
+
+def _has_deltas(model: nn.Module) -> bool:
+    return any(layer.hybrid_delta is not None for layer in hybrid_layers(model).values())
+
+
+def check_convertible(model) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If it is no model of transformers, or carries an adapter, which a checkpoint would be taken for.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}.")
+    adapted = next((name for name, part in model.named_modules() if type(part).__module__.startswith("peft.")), None)
+    if adapted is not None or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            f"{describe(model)} carries an adapter ({adapted or 'loaded by load_adapter'}). Merge it first (PeftModel.merge_and_unload), or convert the base "
+            "model and add the adapter afterwards: a save would write the adapter alone."
+        )
+
+
+def new_mixer(
+    config: MixerConfig,
+    site: AttentionSite,
+    heads: Sequence[int],
+    module: nn.Module,
+    initialization: Collection[str],
+    dtype: torch.dtype,
+) -> LinearMixer:
+    """A freshly initialised mixer for some heads of `site`, on the device of the attention it stands in for."""
+    mixer = build_mixer(config.fitted(site.causal), **site.sizes(), heads=heads)
+    device = execution_device(module)
+    if device.type == "meta":
+        mixer.to(device)
+    else:
+        mixer.init_weights(initialization)
+    for part in mixer.modules():
+        part._is_hf_initialized = True
+    return mixer.to(device=device, dtype=dtype)
+
+
+def warn_of_losses(losses: dict[str, tuple[str, ...]]) -> None:
+    """One warning for all sites about what a linear layer cannot carry over."""
+    lost = sorted({what for per_site in losses.values() for what in per_site})
+    if lost:
+        count = sum(bool(per_site) for per_site in losses.values())
+        warnings.warn(
+            f"{count} of the {len(losses)} converted layers lose {' and '.join(lost)}: a linear layer cannot express it. Distil them, or leave "
+            "them out of `layers`.",
+            stacklevel=4,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the switch
+
+
+def linear_heads(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The key-value heads that are linear now, by layer; layers without are left out."""
+    return {name: layer.linear_heads for name, layer in hybrid_layers(model).items() if layer.linear_heads}
+
+
+def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] | None]) -> None:
+    """
+    Set the switch of a hybrid, in place: exactly these key-value heads run through their mixers, all others through the softmax.
+
+    Args:
+        model (`PreTrainedModel`): With mixers: converted, in distillation, or with an adapter.
+        heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their softmax.
+
+    Raises:
+        HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
+    """
+    layers = hybrid_layers(model)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, some in heads.items():
+        if name not in layers:
+            raise HybridConfigError(
+                f"set_linear_heads_: {name!r} has no mixer; {len(layers)} layers have.{closest(str(name), layers)} Convert it first."
+            )
+        layer = layers[name]
+        own = layer.hybrid.heads
+        wanted[name] = own if some is None else check_heads(some, own, f"set_linear_heads_: {name}")
+        if (
+            wanted[name]
+            and layer.hybrid_delta is not None
+            and len(wanted[name]) < layer.hybrid_site.num_key_value_heads
+        ):
+            raise HybridConfigError(
+                f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads {list(wanted[name])}. Make all of its heads "
+                "linear, or distil with projections='shared'."
+            )
+        if (
+            wanted[name]
+            and layer._hybrid_port is not None
+            and len(wanted[name]) < layer.hybrid_site.num_key_value_heads
+        ):
+            raise UnsupportedModelError(
+                f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken out. Make all heads of the layer "
+                "linear, or none."
+            )
+    for name, layer in layers.items():
+        layer.linear_heads = wanted.get(name, ())
+    hybrid = next((part for part in model.modules() if isinstance(part, HybridModelMixin)), None)
+    if hybrid is not None:
+        hybrid.refresh_hybrid_config()
+
+
+# --------------------------------------------------------------------------------------------------------- distillation
+
+
+def prepare_distillation_(
+    model: PreTrainedModel,
+    mixer: str | dict | MixerConfig = "linear_attention",
+    layers=None,
+    *,
+    heads: Mapping | None = None,
+    projections: str = "shared",
+    rank: int = 8,
+    initialization: str | Collection[str] = INITIALIZATIONS,
+    example_inputs: dict | None = None,
+) -> PreTrainedModel:
+    """
+    Put a mixer beside every selected attention layer, in place, with all switches off, and freeze everything else. The model computes what it did; in
+    training its forward returns local losses.
+
+    Args:
+        model (`PreTrainedModel`): The teacher.
+        mixer, layers, heads, example_inputs: As in [`convert_to_hybrid`].
+        projections (`str`, *optional*, defaults to `"shared"`): What trains beside the mixers. `"shared"`: nothing, they use the layer's
+            frozen query, key, value and output projections. `"low_rank"`: a low-rank difference to them. `"full"`: a difference of their own size.
+        rank (`int`, *optional*, defaults to 8): Rank of that difference.
+        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, all of
+            `mixers.INITIALIZATIONS` by default. `half_lives` and `output_scale` are for [`calibrate_mixers`].
+
+    Raises:
+        AlreadyHybridError: If the model is hybrid or in distillation already.
+        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages; nothing was changed.
+    """
+    config = resolve_mixer_config(mixer)
+    check_projections(projections, rank, heads)
+    initialization = check_initialization(initialization)
+    if isinstance(model, HybridModelMixin):
+        raise AlreadyHybridError(
+            f"{describe(model)} is converted already. Distillation starts from full attention: call restore_full_attention(model) first."
+        )
+    check_convertible(model)
+    probed = probe_attention(model, example_inputs)
+    selected = select_heads(layers, heads, probed.sites, describe(model))
+    # fp32 master weights: bf16 would swallow small updates
+    put_mixers_(model, config, probed, selected, initialization, dtype=torch.float32)
+    for layer in hybrid_layers(model).values():
+        layer.hybrid_delta = new_deltas(_without_mixer(layer), projections, rank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_of_students(name))
+    become_hybrid_(model, projections)
+    model.__dict__["distill_rank"] = rank
+    start_distillation_(model)
+    return model
+
+
+def _without_mixer(layer: HybridAttentionMixin) -> nn.Module:
+    """A view of the layer without what distillation adds, whose parameters are the host's own."""
+    view = nn.Module()
+    view._parameters, view._modules = layer._parameters, {n: m for n, m in layer._modules.items() if n != "hybrid"}
+    return view
+
+
+def is_of_students(name: str) -> bool:
+    """Whether a parameter of that name belongs to a mixer or to a difference to projections."""
+    return ".hybrid." in name or ".hybrid_delta." in name or ".hybrid_mixer." in name
+
+
+def check_projections(projections: str, rank: int, heads: Mapping | None) -> None:
+    if projections not in PROJECTIONS:
+        raise HybridConfigError(
+            f"projections must be one of {', '.join(PROJECTIONS)}; got {projections!r}.{closest(str(projections), PROJECTIONS)}"
+        )
+    if not isinstance(rank, int) or rank < 1:
+        raise HybridConfigError(f"rank must be an integer >= 1; got {rank!r}.")
+    if heads is not None and projections != "shared":
+        raise HybridConfigError(
+            f"heads go with projections='shared'; got projections={projections!r}. Trained projections belong to whole layers."
+        )
+
+
+def discard_students_(model: PreTrainedModel) -> None:
+    """Undo [`prepare_distillation_`], in place: the model is the teacher again, all of it trainable."""
+    set_linear_heads_(model, {})
+    restore_full_attention(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+def finalize_(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Drop what the switch does not use, in place: mixers of heads that are not linear go, trained differences are added to the projections, everything is in
+    the model's type and trainable. Ends a distillation.
+    """
+    for layer in hybrid_layers(model).values():
+        layer.local_objective = None
+        if not layer.linear_heads:
+            restore_attention_(layer)
+            continue
+        kind = mixer_dtype(model, _without_mixer(layer))
+        put_mixer_(layer, layer.hybrid.restricted(layer.linear_heads).to(kind))
+        merge_deltas_(layer, layer.hybrid_delta)
+        layer._modules.pop("hybrid_delta", None)
+        layer.hybrid_delta = None
+    forget_distillation_(model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    model.refresh_hybrid_config()
+    return model
+
+
+def forget_distillation_(model: PreTrainedModel) -> None:
+    """Take off the model what a distillation noted on it."""
+    for layer in hybrid_layers(model).values():
+        layer.local_objective = None
+    for name in ("training_objective", "distill_rank", "base_fingerprint", "_no_split_modules"):
+        model.__dict__.pop(name, None)
+
+
+__all__ = [
+    "check_convertible",
+    "check_projections",
+    "convert_to_hybrid",
+    "discard_students_",
+    "finalize_",
+    "find_attention_sites",
+    "forget_distillation_",
+    "hybrid_layers",
+    "is_of_students",
+    "linear_heads",
+    "new_mixer",
+    "prepare_distillation_",
+    "put_mixers_",
+    "restore_full_attention",
+    "set_linear_heads_",
+    "warn_of_losses",
+]

@@ -1,0 +1,193 @@
+"""Every verb does its job on toy models."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_hybrid.cli import ablate, benchmark, evaluate
+from hf_hybrid.cli.main import main
+from hf_hybrid.cli.options import PlacedModelArguments
+
+from conftest import token_dataset
+from tiny_models import tiny_model
+
+
+SITES = [f"model.layers.{index}.self_attn" for index in range(3)]
+QUIET = ["--report_to", "none", "--use_cpu", "--disable_tqdm", "true"]
+QUICK = ["--max_steps", 2, "--per_device_train_batch_size", 2, "--max_length", 24, *QUIET]
+
+
+@pytest.fixture
+def teacher(tmp_path, tokenizer):
+    tiny_model().save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    words = [tokenizer.convert_ids_to_tokens(ids) for ids in token_dataset(60)["input_ids"]]
+    rows = [{"text": " ".join(row), "label": index % 2} for index, row in enumerate(words)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def logits(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(torch.arange(5, 45)[None]).logits
+
+
+def test_ablate(teacher, capsys):
+    rows, out = teacher / "rows.jsonl", teacher / "hybrid"
+    assert run("convert", teacher / "teacher", "--window_size", 4, "--output_dir", out) == 0
+    capsys.readouterr()
+    assert run("ablate", out, "--eval_dataset", rows, "--eval_length", 24, "--max_examples", 20) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("%") == 3  # one share per layer
+    assert "with only windows and sinks" in printed
+    assert "with only states" in printed
+    assert run("ablate", out, "--eval_dataset", rows, "--text_column", "txt") == 1
+    assert "has no column 'txt'; it has text, label." in capsys.readouterr().err
+    assert run("ablate", teacher / "teacher", "--eval_dataset", rows, "--eval_length", 24) == 1
+    assert "no mixer with both a window and a state" in capsys.readouterr().err
+
+
+def test_distill_search_evaluate_benchmark(teacher, capsys):
+    bank, out, rows, model = teacher / "bank", teacher / "hybrid", teacher / "rows.jsonl", teacher / "teacher"
+    assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
+    assert "Distilled 3 layers" in capsys.readouterr().out
+    data = ["--eval_dataset", rows, "--eval_length", 24]
+    search = ["search", model, "--mixer_bank", bank, *data, "--output_dir", out, "--max_drop", "50%", *QUIET]
+    assert run(*search) == 0
+    assert "Swapped 3 of 3 layers, eval_loss" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert len(loaded.config.hybrid["sites"]) == 3
+    assert (out / "README.md").read_text().count("`eval_loss`") >= 1
+    assert run("evaluate", out, *data) == 0
+    assert "perplexity" in capsys.readouterr().out
+    task = ["--prompt", "{text} w1", "--label_words", "good,bad"]
+    assert run("evaluate", out, "--eval_dataset", rows, "--max_examples", 40, *task, "--device", "cpu") == 0
+    assert "on 40 examples" in capsys.readouterr().out
+    assert run("benchmark", out, "--lengths", "16,32", "--rounds", 1, "--decode_tokens", 2) == 0
+    assert "prefill" in capsys.readouterr().out
+    # again into the same folder: refused; continued: nothing is scored twice, the result is the same
+    assert run(*search) == 1
+    assert "holds another run" in capsys.readouterr().err
+    before = (out / "swap_trace.jsonl").read_text().count('"type": "trial"')
+    assert run(*search, "--resume") == 0
+    assert (out / "swap_trace.jsonl").read_text().count('"type": "trial"') == before
+
+
+def test_models_are_measured_where_the_machine_is_fastest(teacher):
+    name = str(teacher / "teacher")
+    accelerator = torch.accelerator.is_available() and torch.accelerator.current_accelerator().type
+    model = PlacedModelArguments(model=name).load()
+    assert next(model.parameters()).device.type == (accelerator or "cpu") and not model.training
+    assert PlacedModelArguments(model=name, device="cpu").load().device.type == "cpu"
+    for verb in (ablate, benchmark, evaluate):
+        assert verb.OPTIONS[0] is PlacedModelArguments
+
+
+def test_search_on_label_words(teacher, capsys):
+    bank, rows, model = teacher / "bank", teacher / "rows.jsonl", teacher / "teacher"
+    distill = ["distill", model, "--dataset", rows, "--output_dir", bank]
+    assert run(*distill, "--mixer", "sliding_window", *QUICK) == 1
+    assert "sliding_window has nothing to train" in capsys.readouterr().err
+    assert run(*distill, *QUICK) == 0
+    task = ["--prompt", "{text} w1", "--label_words", "good,bad", "--metric", "accuracy"]
+    search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, *task, *QUIET]
+    assert run(*search, "--max_drop", "0.5", "--max_layers", 1, "--output_dir", teacher / "out") == 0
+    assert "Swapped 1 of 3 layers, eval_accuracy" in capsys.readouterr().out
+
+
+def test_search_is_told_the_direction_of_a_metric(teacher, capsys):
+    """The worst layer by loss is the one whose swap raises it most: a search that maximises takes it first."""
+    bank, rows, model = teacher / "bank", teacher / "rows.jsonl", teacher / "teacher"
+    assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
+    search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, "--eval_length", 24, "--max_layers", 1]
+    first = {}
+    for given in ("false", "true"):
+        out = teacher / given
+        options = ["--greater_is_better", given, "--max_drop", "50%", "--output_dir", out, *QUIET]
+        assert run(*search, *options) == 0
+        trials = [json.loads(line) for line in (out / "swap_trace.jsonl").read_text().splitlines()]
+        scores = {
+            t["candidate"]: t["metrics"]["eval_loss"] for t in trials if t.get("type") == "trial" and t["candidate"]
+        }
+        chosen = [*AutoModelForCausalLM.from_pretrained(out).config.hybrid["sites"]]
+        first[given] = chosen, [(min if given == "false" else max)(scores, key=scores.get)]
+    assert first["false"][0] == first["false"][1] != first["true"][0] == first["true"][1]
+
+
+def test_convert_and_inspect(teacher, capsys):
+    out = teacher / "windowed"
+    convert = ["convert", teacher / "teacher", "--mixer", "sliding_window", "--window_size", 8, "--output_dir", out]
+    assert run(*convert, "--layers", "0,-1") == 0
+    sites = AutoModelForCausalLM.from_pretrained(out).config.hybrid_sites()
+    assert list(sites) == [SITES[0], SITES[2]]
+    assert sites[SITES[0]][1] == {"name": "sliding_window", "window_size": 8, "num_sink_tokens": 4}
+    assert logits(out).isfinite().all()
+    capsys.readouterr()
+    assert run("inspect", out) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "2 of 3 convertible layers" in text and "4 of 6 key-value heads" in text
+    assert run(*convert) == 1
+    assert "holds a model already" in capsys.readouterr().err
+
+
+def test_convert_single_heads(teacher, capsys):
+    out, model = teacher / "heads", teacher / "teacher"
+    assert run("convert", model, "--heads", json.dumps({SITES[1]: [1]}), "--output_dir", out) == 0
+    assert "1 linear layers" in capsys.readouterr().out
+    sites = AutoModelForCausalLM.from_pretrained(out).config.hybrid["sites"]
+    assert list(sites) == [SITES[1]] and sites[SITES[1]]["heads"] == [1]
+    assert run("inspect", out) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "1 of 3 convertible layers" in text and "1 of 6 key-value heads" in text
+    # with --layers, those that --heads does not name are linear whole
+    both = ["--layers", "0,1", "--heads", json.dumps({SITES[1]: [0]}), "--output_dir", teacher / "both"]
+    assert run("convert", model, *both) == 0
+    sites = AutoModelForCausalLM.from_pretrained(teacher / "both").config.hybrid["sites"]
+    assert {name: site.get("heads") for name, site in sites.items()} == {SITES[0]: None, SITES[1]: [0]}
+
+
+def test_convert_with_the_students_of_a_bank(teacher, capsys):
+    bank, model, rows = teacher / "bank", teacher / "teacher", teacher / "rows.jsonl"
+    assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
+    convert = ["convert", model, "--mixer_bank", bank, "--output_dir"]
+    for layers, message in (
+        ("model.layers.9.self_attn", "is not an attention site"),
+        ("7", "index must be in 0..2"),
+        (",", "matched none"),
+    ):
+        assert run(*convert, teacher / "x", "--layers", layers) == 1
+        assert message in capsys.readouterr().err and not (teacher / "x").exists()
+    assert run(*convert, teacher / "x", "--heads", json.dumps({SITES[1]: [2]})) == 1
+    assert "key-value heads must be among 0..1; got 2" in capsys.readouterr().err and not (teacher / "x").exists()
+    assert run(*convert, teacher / "one", "--layers", "1") == 0
+    assert "1 linear layers" in capsys.readouterr().out
+    assert run(*convert, teacher / "all") == 0
+    assert len(AutoModelForCausalLM.from_pretrained(teacher / "all").config.hybrid["sites"]) == 3
+    assert run(*convert, teacher / "head", "--heads", json.dumps({SITES[1]: [1]})) == 0
+    head = AutoModelForCausalLM.from_pretrained(teacher / "head")
+    assert {name: site.get("heads") for name, site in head.config.hybrid["sites"].items()} == {SITES[1]: [1]}
+    # the weights are the bank's: the same heads of the whole layer
+    whole = AutoModelForCausalLM.from_pretrained(teacher / "one").get_submodule(SITES[1]).hybrid
+    for name, parameter in head.get_submodule(SITES[1]).hybrid.named_parameters():
+        assert torch.equal(parameter, whole.restricted((1,)).get_parameter(name))
+    differ = [logits(teacher / name) for name in ("teacher", "one", "head")]
+    assert not any(
+        torch.equal(a, b) for a, b in [(differ[0], differ[1]), (differ[0], differ[2]), (differ[1], differ[2])]
+    )
+
+
+def test_any_setting_of_a_mixer_can_be_given(teacher):
+    out, settings = teacher / "plain-gla", '{"output_gate": false, "gate_rank": 3}'
+    convert = ["convert", teacher / "teacher", "--mixer", "gla", "--window_size", 0, "--mixer_config", settings]
+    assert run(*convert, "--output_dir", out) == 0
+    site = AutoModelForCausalLM.from_pretrained(out).config.hybrid_sites()[SITES[0]]
+    assert site[1]["output_gate"] is False
+    assert site[1]["gate_rank"] == 3
+    assert site[1]["window_size"] == 0
