@@ -4,6 +4,8 @@ Importing this package registers `hybrid_attention` checkpoints in transformers'
 """
 
 from .adapters.bank import load_mixer_bank, save_mixer_bank
+from .adapters.config import HybridPeftConfig
+from .adapters.tuner import register_peft_method
 from .configuration_hybrid import AttentionSite, HybridAttentionConfig, package_version
 from .distillation.arguments import HybridTrainingArguments
 from .distillation.calibration import calibrate_mixers
@@ -36,6 +38,7 @@ __all__ = [
     "GatedDeltaNetConfig",
     "GreedyLayerSwapCallback",
     "HybridAttentionConfig",
+    "HybridPeftConfig",
     "HybridTrainer",
     "HybridTrainingArguments",
     "IdentityConfig",
@@ -59,3 +62,4 @@ __all__ = [
 ]
 
 register_auto_classes()
+register_peft_method()

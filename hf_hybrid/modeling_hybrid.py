@@ -212,6 +212,21 @@ class HybridModelMixin:
                     f"{sorted(keys)[0]!r}. It was truncated or edited; save or download it again."
                 )
 
+    @staticmethod
+    def _load_pretrained_model(model, *args, **kwargs):
+        """As in transformers, which loads adapters by it too: one of mixers that lacks tensors, or has others, is an error, not a warning."""
+        info, rest = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        for what, keys in {"lacks": info.missing_keys, "has foreign": info.unexpected_keys}.items():
+            wrong = sorted(key for key in keys if ".hybrid_mixer." in key or ".hybrid_delta." in key)
+            if wrong:
+                for name in list(getattr(model, "peft_config", {})):
+                    if any(f".{name}." in key for key in wrong):
+                        model.delete_adapter(name)
+                raise CheckpointError(
+                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; save or download it again."
+                )
+        return info, rest
+
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         """
         As in transformers: the hybrid as the switch stands, without the mixers of heads that are not linear. Also writes the remote-code shim and a model

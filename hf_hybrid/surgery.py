@@ -126,7 +126,9 @@ def put_mixers_(
     _refuse_ported_heads(modules, selected)
     # build everything before touching anything: a mixer that refuses leaves the model as it was
     mixers = {
-        name: new_mixer(config, site, wanted, modules[name], initialization, dtype or mixer_dtype(model, modules[name]))
+        name: new_mixer(
+            config, site, wanted, modules[name], initialization, dtype=dtype or mixer_dtype(model, modules[name])
+        )
         for name, (site, wanted) in selected.items()
     }
     warn_of_losses({name: probed.lost[name] for name in selected})
@@ -188,16 +190,16 @@ def new_mixer(
     site: AttentionSite,
     heads: Sequence[int],
     module: nn.Module,
-    initialization: Collection[str],
+    initialization: Collection[str] = INITIALIZATIONS,
+    *,
     dtype: torch.dtype,
 ) -> LinearMixer:
     """A freshly initialised mixer for some heads of `site`, on the device of the attention it stands in for."""
     mixer = build_mixer(config.fitted(site.causal), **site.sizes(), heads=heads)
     device = execution_device(module)
-    if device.type == "meta":
-        mixer.to(device)
-    else:
-        mixer.init_weights(initialization)
+    if device.type == "meta" or any(parameter.is_meta for parameter in mixer.parameters()):  # weights come from a file
+        return mixer.to(dtype=dtype) if device.type != "meta" else mixer.to(device=device, dtype=dtype)
+    mixer.init_weights(initialization)
     for part in mixer.modules():
         part._is_hf_initialized = True
     return mixer.to(device=device, dtype=dtype)

@@ -16,7 +16,7 @@ from ..configuration_hybrid import LinearSite
 from ..conversion.layer import hybrid_layers
 from ..errors import AlreadyHybridError, CheckpointError, HybridError
 from ..modeling_hybrid import describe
-from ..surgery import discard_students_, is_of_students, linear_heads, prepare_distillation_
+from ..surgery import discard_students_, linear_heads, prepare_distillation_
 from . import first_format
 from .config import HybridPeftConfig
 from .fingerprint import TOLERANCE, base_fingerprint
@@ -27,12 +27,22 @@ PREFIX = "base_model.model."
 
 def student_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What an adapter holds of a model with mixers, by parameter name; collective where parameters are sharded: call it on every rank."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if is_of_students(f".{name}") and parameter.dtype.is_floating_point:
-            value = parameter.detach()
-            tensors[name] = value.full_tensor() if isinstance(value, DTensor) else value
-    return tensors
+    return {name: _whole(parameter.detach()) for name, parameter in _student_parameters(model).items()}
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _student_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters of mixers, and of differences to projections, by `<site>.hybrid.<name>` whoever holds them: the layer itself, or the active adapter."""
+    found = {}
+    for name, layer in hybrid_layers(model).items():
+        parts = {"hybrid": layer.hybrid, "hybrid_delta": layer.hybrid_delta}
+        for kind, part in parts.items():
+            own = {} if part is None else dict(part.named_parameters())
+            found.update({f"{name}.{kind}.{inner}": parameter for inner, parameter in own.items()})
+    return found
 
 
 def adapter_config(model: PreTrainedModel) -> HybridPeftConfig:
@@ -197,7 +207,7 @@ def load_student_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     Raises:
         CheckpointError: If one does not; nothing was copied.
     """
-    own = {name: parameter for name, parameter in model.named_parameters() if is_of_students(f".{name}")}
+    own = _student_parameters(model)
     wrong = sorted(set(own) ^ set(tensors)) or sorted(n for n in own if own[n].shape != tensors[n].shape)
     if wrong:
         raise CheckpointError(

@@ -9,6 +9,10 @@ from .position_bias import is_all_linear
 from .projections import parameter_name
 
 
+# Where PEFT's wrappers keep the layer that they wrap.
+WRAPPED = ".base_layer"
+
+
 def published_sites(model: nn.Module) -> dict[str, LinearSite]:
     """The layers of which some heads are linear now, by name."""
     return {
@@ -18,16 +22,17 @@ def published_sites(model: nn.Module) -> dict[str, LinearSite]:
     }
 
 
-def is_published(layer: HybridAttentionMixin, dtype: torch.dtype) -> bool:
+def is_published(path: str, layer: HybridAttentionMixin, dtype: torch.dtype) -> bool:
     """Whether the layer holds what a checkpoint would hold of it, and nothing else."""
     same_type = all(parameter.dtype == dtype for parameter in layer.hybrid.parameters())
-    return layer.linear_heads == layer.hybrid.heads and layer.hybrid_delta is None and same_type
+    own_mixer = "hybrid" in layer._modules and not path.endswith(WRAPPED)
+    return own_mixer and layer.linear_heads == layer.hybrid.heads and layer.hybrid_delta is None and same_type
 
 
 def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
     """
     The tensors of the hybrid as the switch stands: no mixers of heads that are not linear, projections with their trained differences, everything in the
-    model's type.
+    model's type and under the host's names, also where an adapter holds the mixers.
 
     Args:
         model (`nn.Module`): The hybrid, also while it is distilled.
@@ -38,23 +43,33 @@ def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = No
     """
     layers = {path: module for path, module in model.named_modules() if is_hybrid_attention(module)}
     types = {path: _own_dtype(layer, model) for path, layer in layers.items()}
-    if all(is_published(layer, types[path]) for path, layer in layers.items()):
+    if all(is_published(path, layer, types[path]) for path, layer in layers.items()):
         return state
     state = dict(model.state_dict() if state is None else state)
     for path, layer in layers.items():
-        mixer, deltas = (_take(state, f"{path}.{name}.") for name in ("hybrid", "hybrid_delta"))
+        owner = path.removesuffix(WRAPPED)
+        mixer, deltas = _taken(state, model, path, owner, layer)
+        for name in [name for name in state if owner != path and name.startswith(f"{path}.")]:
+            state[f"{owner}.{name.removeprefix(f'{path}.')}"] = state.pop(name)
         if not layer.linear_heads:
             continue
+        whole = layer.linear_heads == layer.hybrid.heads
         for name, value in mixer.items():
-            rows = (
-                value
-                if layer.linear_heads == layer.hybrid.heads
-                else layer.hybrid._rows(name, value, layer.linear_heads)
-            )
-            state[f"{path}.hybrid.{name}"] = rows.detach().to(types[path]).contiguous()
+            rows = value if whole else layer.hybrid._rows(name, value, layer.linear_heads)
+            state[f"{owner}.hybrid.{name}"] = rows.detach().to(types[path]).contiguous()
         if layer.hybrid_delta is not None and is_all_linear(layer):
-            _add_deltas(state, path, layer, deltas)
+            _add_deltas(state, owner, layer, deltas)
     return state
+
+
+def _taken(state, model: nn.Module, path: str, owner: str, layer: HybridAttentionMixin) -> tuple[dict, dict]:
+    """Tensors of the layer's mixer and of its differences, taken out of `state`, and with them those of adapters that are not active."""
+    if owner == path:
+        return _take(state, f"{path}.hybrid."), _take(state, f"{path}.hybrid_delta.")
+    held = model.get_submodule(owner).hybrid_mixer
+    active = next((name for name, mixer in held.items() if mixer is layer.hybrid), "")
+    mixers, deltas = _take(state, f"{owner}.hybrid_mixer."), _take(state, f"{owner}.hybrid_delta.")
+    return _take(mixers, f"{active}."), _take(deltas, f"{active}.")
 
 
 def _own_dtype(layer: HybridAttentionMixin, model: nn.Module) -> torch.dtype:

@@ -141,13 +141,13 @@ class LocalDistillation:
         tensors = [x.detach() for x in (inputs.query, inputs.key, inputs.value, inputs.hidden_states)]
         target, valid, segments = target.detach(), inputs.valid, inputs.segments
 
-        def errors(*tensors):
+        def losses(*tensors):
             output, _ = mixer(*tensors, valid=valid, segments=segments)
             fits = valid if valid is not None and valid.shape == output.shape[:2] else None
-            return head_errors(output, target, len(heads), fits)
+            error, energy = head_errors(output, target, len(heads), fits)
+            return normalized_sum(error, energy), (error / energy.clamp_min(1e-12)).mean(0)
 
-        error, energy = self._run(mixer, errors, tensors)
-        self._add(layer, normalized_sum(error, energy), (error / energy.clamp_min(1e-12)).mean(0))
+        self._add(layer, *self._run(mixer, losses, tensors))
 
     def _add_at_output(self, layer: HybridAttentionMixin, target, args, kwargs) -> None:
         kwargs = {name: _detached(value) for name, value in kwargs.items() if name not in CACHE_ARGUMENTS}

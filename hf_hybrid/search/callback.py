@@ -35,31 +35,32 @@ SETTINGS = (
 
 class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
     """
-    When training ends, replaces layers one by one, always the one that costs the validation metric least, until the metric
-    would fall below its floor ([Distil-then-Replace](https://huggingface.co/papers/2601.11667), Algorithm 1). Forward passes
-    only.
+    When training ends, replaces layers one by one, always the one that costs the validation metric least, until the
+    metric would fall below its floor ([Distil-then-Replace](https://huggingface.co/papers/2601.11667), Algorithm 1).
+    Forward passes only.
 
-    The result is in `trainer.swap_report`; the trainer's model then runs the layers of `keep`. Every trial is written to
-    `swap_trace.jsonl` in the output folder as it happens; `trainer.train(resume_from_checkpoint=True)` continues a killed
-    search. One callback may serve several trainers.
+    The result is in `trainer.swap_report`; the trainer's model then runs the layers of `keep`. Every trial is written
+    to `swap_trace.jsonl` in the output folder as it happens; `trainer.train(resume_from_checkpoint=True)` continues a
+    killed search. One callback may serve several trainers.
 
     Args:
-        metric (`str`, *optional*, defaults to `"eval_loss"`): What to watch: a key of `compute_metrics`, with or without
-            `eval_`.
-        max_drop (`float` or `str`, *optional*, defaults to 0.02): How much worse than the teacher's the metric may get: a
-            number in the metric's units, or a percentage of its starting value such as `"2%"`.
-        greater_is_better (`bool`, *optional*): The metric's direction; needed unless its name (or what follows an underscore
-            in it) is known: `accuracy`, `f1`, `rougeL`, `loss`, `perplexity`, `wer`, `mae`, ...
+        metric (`str`, *optional*, defaults to `"eval_loss"`): What to watch: a key of `compute_metrics`, with or
+            without `eval_`.
+        max_drop (`float` or `str`, *optional*, defaults to 0.02): How much worse than the teacher's the metric may get:
+            a number in the metric's units, or a percentage of its starting value such as `"2%"`.
+        greater_is_better (`bool`, *optional*): The metric's direction; needed unless its name (or what follows an
+            underscore in it) is known: `accuracy`, `f1`, `rougeL`, `loss`, `perplexity`, `wer`, `mae`, ...
         floor (`float`, *optional*): The worst allowed value itself; takes the place of `max_drop`.
         max_layers (`int`, *optional*): Stop after this many swaps.
-        keep (`str`, *optional*, defaults to `"most_linear"`): Which result the trainer's model ends up with: `"most_linear"`,
-            or `"best"` for the mixture with the best metric. Either is confirmed, if there is confirmation data.
-        confirmation_dataset (*optional*): Data beside `eval_dataset`. The search picks the best of hundreds of noisy scores;
-            with this, swaps are taken back from the end until the metric holds here too. `"best"` is then chosen among the
-            mixtures on the way there that hold here as well.
-        reuse_activations (`bool`, *optional*, defaults to `True`): Start every trial at its first changed block, from what
-            that block saw before. Exactness is checked on the model at hand; where it does not hold, or where the metric
-            function runs the model itself, whole forwards are run.
+        keep (`str`, *optional*, defaults to `"most_linear"`): Which result the trainer's model ends up with:
+            `"most_linear"`, or `"best"` for the mixture with the best metric. Either is confirmed, if there is
+            confirmation data.
+        confirmation_dataset (*optional*): Data beside `eval_dataset`. The search picks the best of hundreds of noisy
+            scores; with this, swaps are taken back from the end until the metric holds here too. `"best"` is then
+            chosen among the mixtures on the way there that hold here as well.
+        reuse_activations (`bool`, *optional*, defaults to `True`): Start every trial at its first changed block, from
+            what that block saw before. Exactness is checked on the model at hand; where it does not hold, or where the
+            metric function runs the model itself, whole forwards are run.
         max_reuse_bytes (`int`, *optional*, defaults to 2 GiB): Memory for those activations, on each process.
 
     Raises:
@@ -113,7 +114,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         value = read_metric(self._scorer(trainer).rehearse(), metric, "before distillation")
         if self.floor is not None:
             check_floor(metric, value, self.floor, self.greater_is_better)
-            self._check_confirmation_floor(trainer)
+        self._check_confirmation_floor(trainer)
         trace = os.path.join(args.output_dir, TRACE_FILE)
         if state.global_step < state.max_steps and os.path.exists(trace) and trainer.is_world_process_zero():
             os.replace(trace, trace + ".superseded")
@@ -139,8 +140,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         """
         self.set_trainer(trainer)
         self._check_data(trainer)
-        if self.floor is not None:
-            self._check_confirmation_floor(trainer)
+        self._check_confirmation_floor(trainer)
         metric, sites = self._metric_key(), list(trainer.distill_sites)
         trace = SwapTrace(os.path.join(trainer.args.output_dir, TRACE_FILE), search_identity(trainer))
         score = self._scorer(trainer)
@@ -205,7 +205,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             )
 
     def _check_confirmation_floor(self, trainer) -> None:
-        if self._trainers[trainer][1] is None:
+        if self.floor is None or self._trainers[trainer][1] is None:
             return
         metric = self._metric_key()
         value = read_metric(self._confirm(trainer, []), metric, "confirmation of 0 swaps")

@@ -39,10 +39,11 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, rando
 
 class Fingerprint:
     """
-    Feed values with `add`, read the result with `hexdigest`. Numbers, text, bytes, containers, tensors, arrays and pictures
-    count by value; functions by name, bytecode, constants, defaults, what they close over, and what of their own package
-    they use; other objects by their class's code and their attributes. Of what libraries define, only the name counts, and
-    of their objects the attributes only if they are added themselves (a collator) or a method of theirs is.
+    Feed values with `add`, read the result with `hexdigest`. Numbers, text, bytes, containers, tensors, arrays and
+    pictures count by value; functions by name, bytecode, constants, defaults, what they close over, and what of their
+    own package they use; other objects by their class's code and their attributes. Of what libraries define, only the
+    name counts, and of their objects the attributes only if they are added themselves (a collator) or a method of
+    theirs is.
 
     Args:
         strict (`bool`, *optional*, defaults to `False`): Refuse objects that show nothing of their content.
@@ -175,8 +176,9 @@ class Fingerprint:
             state = _state(value)
             if self.strict and not state:
                 raise DatasetError(
-                    "The rows of a dataset must hold numbers, text, tensors, arrays or pictures, by which two searches can "
-                    f"be told apart; got {_name(kind)}. Let the dataset return plain values and data_collator decode them."
+                    "The rows of a dataset must hold numbers, text, tensors, arrays or pictures, by which two searches "
+                    f"can be told apart; got {_name(kind)}. Let the dataset return plain values and data_collator "
+                    "decode them."
                 )
             self._add_all("state", (part for name in sorted(state) for part in (name, state[name])))
 

@@ -1,7 +1,8 @@
 """Greedy layer replacement, as a pure function: names in, report out. Knows nothing of models or of the Trainer.
 
-Algorithm 1 of [Distil-then-Replace](https://huggingface.co/papers/2601.11667): every round scores each remaining layer's
-replacement on top of those already made, takes the best one, and goes on while the metric stays at or above the floor.
+Algorithm 1 of [Distil-then-Replace](https://huggingface.co/papers/2601.11667): every round scores each remaining
+layer's replacement on top of those already made, takes the best one, and goes on while the metric stays at or above the
+floor.
 """
 
 import dataclasses
@@ -50,13 +51,13 @@ class SwapReport:
         greater_is_better (`bool`): Its direction.
         base (`float`): Its value before any swap.
         floor (`float`): The worst value a committed swap may have (for a loss: the largest).
-        best (`list[str]`): The layers of the trial with the best metric; of equals, the one with more linear layers. Where
-            there is confirmation data, the best of the prefixes of `confirmed` that hold on it.
+        best (`list[str]`): The layers of the trial with the best metric; of equals, the one with more linear layers.
+            Where there is confirmation data, the best of the prefixes of `confirmed` that hold on it.
         most_linear (`list[str]`): The most layers reached with the metric at or above the floor.
         commits (`list[Trial]`): The trial of every committed swap, in order.
         trials (`list[Trial]`): All of them.
-        confirmed (`list[str]` or `None`): The longest prefix of `most_linear` that also holds on data the search did not
-            choose by, where such data was given.
+        confirmed (`list[str]` or `None`): The longest prefix of `most_linear` that also holds on data the search did
+            not choose by, where such data was given.
         confirmations (`list[Trial]`): The evaluations on that data, the teacher's first.
     """
 
@@ -85,10 +86,9 @@ def allowed_drop(max_drop: float | str) -> tuple[float, bool]:
     Raises:
         HybridConfigError: If it is neither a number >= 0 nor such a percentage.
     """
-    text = max_drop.strip() if isinstance(max_drop, str) else max_drop
-    relative = isinstance(text, str) and text.endswith("%")
+    relative = isinstance(max_drop, str) and max_drop.strip().endswith("%")
     try:
-        value = float(text[:-1]) / 100 if relative else float(text)
+        value = float(str(max_drop).strip()[:-1]) / 100 if relative else float(max_drop)
     except (TypeError, ValueError):
         value = math.nan
     if not value >= 0 or math.isinf(value):
@@ -118,8 +118,8 @@ def check_floor(metric: str, base: float, floor: float, greater_is_better: bool,
         raise HybridConfigError(f"floor must be a finite number; got {floor!r}.")
     if not _holds(base, floor, greater_is_better):
         raise MetricError(
-            f"floor must be within reach of the starting metric; got floor={floor} for {metric}{where}, which starts at "
-            f"{base:.6g}. Set a floor that the teacher itself meets, or use max_drop."
+            f"floor must be within reach of the starting metric; got floor={floor} for {metric}{where}, which starts "
+            f"at {base:.6g}. Set a floor that the teacher itself meets, or use max_drop."
         )
 
 
@@ -133,8 +133,8 @@ def read_metric(metrics: Mapping[str, Any], name: str, where: str) -> float:
     if name not in metrics:
         raise MetricError(
             f"{where}: the metric {name!r} is not among what the evaluation returned: "
-            f"{', '.join(sorted(metrics)) or 'nothing'}.{closest(name, metrics)} compute_metrics must return it (with or "
-            "without the eval_ prefix)."
+            f"{', '.join(sorted(metrics)) or 'nothing'}.{closest(name, metrics)} compute_metrics must return it (with "
+            "or without the eval_ prefix)."
         )
     try:
         value = float(metrics[name])
@@ -142,8 +142,8 @@ def read_metric(metrics: Mapping[str, Any], name: str, where: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise MetricError(
-            f"{where}: the metric {name!r} must be a finite number; got {metrics[name]!r}. Check compute_metrics and the "
-            "validation data."
+            f"{where}: the metric {name!r} must be a finite number; got {metrics[name]!r}. Check compute_metrics and "
+            "the validation data."
         )
     return value
 
@@ -169,8 +169,8 @@ def greedy_swap(
         sites (`list[str]`): The candidates, in the model's order; of exact ties the earlier wins.
         score (`Callable`): Takes the list of swapped layers, returns the metrics of the model so mixed.
         metric (`str`), greater_is_better (`bool`): What to watch, and its direction.
-        max_drop (`float` or `str`, *optional*, defaults to 0.02): How much worse than at the start the metric may get: in
-            its own units, or `"2%"` of its starting value.
+        max_drop (`float` or `str`, *optional*, defaults to 0.02): How much worse than at the start the metric may get:
+            in its own units, or `"2%"` of its starting value.
         floor (`float`, *optional*): The worst allowed value itself; takes the place of `max_drop`.
         tie_breaker (`str`, *optional*, defaults to `"eval_loss"`): Among equal metrics, the candidate with the smaller
             value of this one wins, where it is returned. Accuracy on a small validation set ties often.

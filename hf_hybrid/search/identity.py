@@ -58,7 +58,7 @@ def search_identity(trainer) -> dict[str, Any]:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest of all parameters and buffers, also of those that are offloaded. A collective where weights are sharded."""
+    """Digest of all parameters and buffers, offloaded ones included. A collective where weights are sharded."""
     digest = Fingerprint()
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # tied weights under one name
     for prefix, module in model.named_modules():
@@ -73,8 +73,8 @@ def weights_digest(model: nn.Module) -> str:
 
 def data_digest(dataset) -> str | dict[str, str]:
     """
-    Digest of all rows, by split where there are several. Rows of a `datasets.Dataset` are read as they are stored, whatever
-    format is set, and with what is set to transform them; those of other datasets as they are returned.
+    Digest of all rows, by split where there are several. Rows of a `datasets.Dataset` are read as they are stored,
+    whatever format is set, and with what is set to transform them; those of other datasets as they are returned.
     """
     if isinstance(dataset, Mapping):
         return {name: str(data_digest(part)) for name, part in dataset.items()}
@@ -103,7 +103,7 @@ def _stored_chunks(dataset: Dataset):
 
 
 def _lasting(config: Any) -> Any:
-    """A config's entries without those in `PASSING` and the special tokens, which the Trainer aligns with a tokenizer."""
+    """A config without the entries in `PASSING` and the special tokens, which the Trainer aligns with a tokenizer."""
     if isinstance(config, Mapping):
         return {
             key: _lasting(value)

@@ -21,7 +21,7 @@ def _pyplot():
 
 
 def plot_trade_off(report: SwapReport, path: str | os.PathLike) -> None:
-    """The metric after every committed swap, with the floor and every other trial of the round behind it. Writes a PNG."""
+    """The metric after every committed swap, with the floor and all other trials behind it. Writes a PNG."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
     rounds = [trial.round for trial in report.trials if trial.round]
@@ -42,7 +42,7 @@ def plot_trade_off(report: SwapReport, path: str | os.PathLike) -> None:
 
 
 def plot_layer_map(sites: list[str], swapped: list[str], path: str | os.PathLike) -> None:
-    """One cell per layer in the model's order; linear ones are coloured and carry the round they were swapped in. Writes a PNG."""
+    """One cell per layer in the model's order; linear ones carry the round they were swapped in. Writes a PNG."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(max(4.0, 0.32 * len(sites)), 1.1), dpi=150)
     for index, site in enumerate(sites):

@@ -1,8 +1,8 @@
 """Reuse of activations between trials of a search.
 
-A trial differs from the current mixture in one layer; everything below that layer is unchanged. `PrefixReuse` keeps what
-every block saw for every validation batch, and lets a trial start at its first changed block: half the work on average,
-and the same numbers. Of several processes all reuse or none does, since who waits for whom depends on it.
+A trial differs from the current mixture in one layer; everything below that layer is unchanged. `PrefixReuse` keeps
+what every block saw for every validation batch, and lets a trial start at its first changed block: half the work on
+average, and the same numbers. Of several processes all reuse or none does, since who waits for whom depends on it.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ BATCHES_CHANGED = (
 class PrefixReuse:
     """
     Args:
-        model (`nn.Module`): A model whose blocks run one after the other, each on its predecessor's output. Whether that is
-            so is checked (see `verify`), not assumed.
+        model (`nn.Module`): A model whose blocks run one after the other, each on its predecessor's output. Whether
+            that is so is checked (see `verify`), not assumed.
         layers (`dict[str, nn.Module]`): The attention layers that are swapped, by name, wherever in the model they are.
         max_bytes (`int`): The most bytes of activations to keep.
     """
@@ -54,8 +54,8 @@ class PrefixReuse:
     @contextlib.contextmanager
     def recording(self, only_first_batch: bool = False) -> Iterator[None]:
         """
-        One evaluation of the current mixture: note what every block sees. Whether that is of use, `verify` says afterwards.
-        With `only_first_batch`, nothing else is kept, but all is counted: enough for `verify`.
+        One evaluation of the current mixture: note what every block sees. Whether that is of use, `verify` says
+        afterwards. With `only_first_batch`, nothing else is kept, but all is counted: enough for `verify`.
         """
         if not self.enabled:
             yield
@@ -68,11 +68,11 @@ class PrefixReuse:
         """
         Whether trials may start at a block, on every process; if not, reuse is off from here on. It takes:
 
-        * one run of the model, and in it one of every block, for each of the evaluation's `batches`: a metric function that
-          generates runs the model on its own account;
+        * one run of the model, and in it one of every block, for each of the evaluation's `batches`: a metric function
+          that generates runs the model on its own account;
         * room for the activations;
-        * for the first batch, from every block on, the outputs of the whole model, bit for bit: blocks that hand each other
-          more than hidden states (shared keys and values, a position bias) are found out here.
+        * for the first batch, from every block on, the outputs of the whole model, bit for bit: blocks that hand each
+          other more than hidden states (shared keys and values, a position bias) are found out here.
         """
         self.enabled = all_agree(self.enabled and self._seen.is_usable(batches, len(set(self.block_of.values()))))
         self.enabled = self.enabled and all_agree(self._is_exact())
@@ -198,9 +198,9 @@ class _Recording:
         return (
             not self.is_odd
             and self.size <= self.max_bytes
-            and 0 < batches == self.passes
+            and batches > 0
             and len(self.blocks) == blocks
-            and all(runs == batches for runs in self.runs.values())
+            and all(runs == batches for runs in (self.passes, *self.runs.values()))
             and "logits" in self.first[2]
         )
 
@@ -276,7 +276,7 @@ def _tensors(args: tuple, kwargs: dict) -> dict[str, torch.Tensor]:
 
 
 def _leaves(output: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """Every tensor of a model's output by its path: logits, but also a loss that counts what routers did, hidden states."""
+    """Every tensor of a model's output by its path: logits, hidden states, a loss that counts what routers did."""
     if torch.is_tensor(output):
         return {name: output.detach()}
     pairs = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, tuple) else ()

@@ -24,7 +24,7 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 def unwrapped(trainer) -> nn.Module:
-    """The model whose forward an evaluation runs, an adapter's wrapper included; without DDP's and `torch.compile`'s."""
+    """The model whose forward an evaluation runs: within DDP's and `torch.compile`'s wrappers, not within PEFT's."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
@@ -48,8 +48,8 @@ def evaluate(trainer, metric: str, dataset=None) -> dict[str, float]:
             if name in other and name in every[0] and not _is_close(other[name], every[0][name]):
                 raise HybridError(
                     f"The metric {name!r} must be the same on all processes; got {every[0][name]!r} on rank 0 and "
-                    f"{other[name]!r} on rank {rank}. compute_metrics is given all rows on each of them: make it depend on "
-                    "nothing else."
+                    f"{other[name]!r} on rank {rank}. compute_metrics is given all rows on each of them: make it "
+                    "depend on nothing else."
                 )
     return every[0]
 
@@ -88,8 +88,8 @@ class Scorer:
 
     def rehearse(self) -> dict[str, float]:
         """
-        The metrics of the mixture as it is, and a look at what would stop a search: whether activations can be reused, and
-        then whether the batches are the same the second time. Keeps nothing.
+        The metrics of the mixture as it is, and a look at what would stop a search: whether activations can be reused,
+        and then whether the batches are the same the second time. Keeps nothing.
 
         Raises:
             HybridError: If they are not.

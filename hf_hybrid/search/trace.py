@@ -16,8 +16,9 @@ TRACE_FILE = "swap_trace.jsonl"
 class SwapTrace:
     """
     A header that says whose trials these are, then one line per trial, written as it happens. A search that is started
-    again on the same file finds its trials there and does not repeat them. Of several processes, rank 0 reads and writes;
-    the others are told what it read, so that all look up the same trials. To make one is therefore a collective.
+    again on the same file finds its trials there and does not repeat them. Of several processes, rank 0 reads and
+    writes; the others are told what it read, so that all look up the same trials. To make one is therefore a
+    collective.
 
     Args:
         path (`str` or `Path`): The file.
@@ -64,8 +65,8 @@ class SwapTrace:
         changed = sorted(key for key in {*theirs, *self.identity} if theirs.get(key) != self.identity.get(key))
         if changed:
             raise OutputFolderError(
-                f"{self.path} holds another search: {', '.join(changed)} changed since. Choose another output folder, or "
-                "delete the file to search again."
+                f"{self.path} holds another search: {', '.join(changed)} changed since. Choose another output folder, "
+                "or delete the file to search again."
             )
 
     def _append(self, row: dict) -> None:

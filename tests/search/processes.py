@@ -1,4 +1,4 @@
-"""What two processes do in a search, for `test_ranks.py`: `torchrun ... processes.py FOLDER` writes `rank*.json` there."""
+"""What two processes do in a search, for `test_ranks.py`: `torchrun ... processes.py FOLDER` writes `rank*.json`."""
 
 import json
 import os
@@ -10,13 +10,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import conftest  # noqa: E402, F401 - offline, one thread
 from datasets import Dataset  # noqa: E402
-from helpers import toy_trainer  # noqa: E402
 
 from hf_hybrid import GreedyLayerSwapCallback  # noqa: E402
 from hf_hybrid.errors import HybridError  # noqa: E402
 from hf_hybrid.search.ranks import all_agree, from_rank_zero, gathered, rank  # noqa: E402
+
+import conftest  # noqa: E402, F401 - offline, one thread
+from helpers import toy_trainer  # noqa: E402
 
 
 FOLDER = Path(sys.argv[1])
@@ -109,11 +110,14 @@ def refusals():
     rounded = trainer("rounded", compute_metrics=rounding, **same_length)
     return {
         "foreign": message(lambda: search(trainer("foreign"))),
-        "metric": message(lambda: GreedyLayerSwapCallback("accuracy").search(
-            trainer("metric", compute_metrics=of_rank, **same_length))),
+        "metric": message(
+            lambda: GreedyLayerSwapCallback("accuracy").search(
+                trainer("metric", compute_metrics=of_rank, **same_length)
+            )
+        ),
         "rounding": GreedyLayerSwapCallback("accuracy").search(rounded).base,
         "batches": message(lambda: search(trainer("batches", data_collator=changing))),
-    }  # fmt: skip
+    }
 
 
 def agreement():

@@ -37,7 +37,14 @@ def evaluations(trainer):
 
 def test_settings_survive_a_checkpoint():
     callback = GreedyLayerSwapCallback(
-        "quality", "3%", greater_is_better=False, floor=1.5, max_layers=2, keep="best", reuse_activations=False, max_reuse_bytes=7
+        "quality",
+        "3%",
+        greater_is_better=False,
+        floor=1.5,
+        max_layers=2,
+        keep="best",
+        reuse_activations=False,
+        max_reuse_bytes=7,
     )
     state = json.loads(json.dumps(callback.state()))
     again = GreedyLayerSwapCallback.from_state(state)
@@ -48,9 +55,13 @@ def test_one_callback_serves_several_trainers(tmp_path):
     callback = GreedyLayerSwapCallback("eval_loss", 5.0, max_layers=1, confirmation_dataset=token_dataset(4, seed=9))
     first = toy_trainer(tmp_path / "a", callbacks=[callback])
     second = toy_trainer(tmp_path / "b", callbacks=[callback], model=tiny_model(seed=3))
-    second_alone = toy_trainer(tmp_path / "c", model=tiny_model(seed=3), callbacks=[
-        GreedyLayerSwapCallback("eval_loss", 5.0, max_layers=1, confirmation_dataset=token_dataset(4, seed=9))
-    ])  # fmt: skip
+    second_alone = toy_trainer(
+        tmp_path / "c",
+        model=tiny_model(seed=3),
+        callbacks=[
+            GreedyLayerSwapCallback("eval_loss", 5.0, max_layers=1, confirmation_dataset=token_dataset(4, seed=9))
+        ],
+    )
     first.train()  # linked before the second
     assert first.swap_report is not None and second.swap_report is None and second.swapped_layers() == []
     second.train()
@@ -79,7 +90,7 @@ def test_confirmation_text_is_prepared_by_each_trainer(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(("keep", "layers"), [("most_linear", 2), ("best", 1)])
 def test_whatever_is_kept_is_confirmed(keep, layers, tmp_path):
-    # validation says 3 linear layers are best; on the 4 rows of the confirmation data, 1 and 2 hold, and 1 is the better one
+    # validation says 3 linear layers are best; on the 4 rows of the confirmation data 1 and 2 hold
     holds = {0: 0.9, 1: 0.9, 2: 0.85, 3: 0.5}
     trainer_of = []
 
@@ -110,9 +121,9 @@ def test_a_floor_that_the_teacher_misses_on_confirmation_data_is_refused_first(t
     assert rows == [4] and trainer.swap_report is None  # before the search
     with pytest.raises(MetricError, match="got floor=0.9 for eval_accuracy, which starts at 0.8"):
         GreedyLayerSwapCallback("accuracy", floor=0.9).search(toy_trainer(tmp_path / "c", **metrics))
-    report = GreedyLayerSwapCallback("accuracy", floor=0.5, confirmation_dataset=settings["confirmation_dataset"]).search(
-        toy_trainer(tmp_path / "d", **metrics)
-    )
+    report = GreedyLayerSwapCallback(
+        "accuracy", floor=0.5, confirmation_dataset=settings["confirmation_dataset"]
+    ).search(toy_trainer(tmp_path / "d", **metrics))
     assert report.confirmed == report.most_linear and len(report.confirmed) == 3
 
 
@@ -123,7 +134,9 @@ def test_a_failed_confirmation_leaves_no_layer_swapped(tmp_path):
         return {"accuracy": float("nan") if len(prediction.label_ids) == 4 and trainer_of[0].swapped_layers() else 0.5}
 
     trainer_of.append(toy_trainer(tmp_path, compute_metrics=compute_metrics))
-    with pytest.raises(MetricError, match="confirmation of 3 swaps: the metric 'eval_accuracy' must be a finite number"):
+    with pytest.raises(
+        MetricError, match="confirmation of 3 swaps: the metric 'eval_accuracy' must be a finite number"
+    ):
         GreedyLayerSwapCallback("accuracy", confirmation_dataset=token_dataset(4)).search(trainer_of[0])
     assert trainer_of[0].swapped_layers() == []
 

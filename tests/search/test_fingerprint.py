@@ -28,13 +28,46 @@ def picture(value=0, mode="RGB"):
 
 
 VALUES = [
-    None, True, 1, 1.0, 1j, "1", b"1", [], [1], [1, 1], [[1], 1], {}, {"1": 1}, {"1": 2}, {1}, {1, 2}, "ab", ["a", "b"], "a, b",
-    torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0]), torch.tensor([[1.0, 2.0]]), torch.tensor([1.0, 2.0], dtype=torch.float64),
-    torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.zeros(0), torch.zeros(0, 1), torch.tensor(1.0),
-    np.array([1.0, 2.0]), np.array([1, 2]), np.array(["a", None], dtype=object), np.array(["a", 1], dtype=object),
-    picture(), picture(1), picture(0, "L"), functools.partial(print, 1), functools.partial(print, 2),
-    torch.eye(2).to_sparse(), sys, os,
-]  # fmt: skip
+    None,
+    True,
+    1,
+    1.0,
+    1j,
+    "1",
+    b"1",
+    [],
+    [1],
+    [1, 1],
+    [[1], 1],
+    {},
+    {"1": 1},
+    {"1": 2},
+    {1},
+    {1, 2},
+    "ab",
+    ["a", "b"],
+    "a, b",
+    torch.tensor([1.0, 2.0]),
+    torch.tensor([2.0, 1.0]),
+    torch.tensor([[1.0, 2.0]]),
+    torch.tensor([1.0, 2.0], dtype=torch.float64),
+    torch.tensor([1.0, 2.0], dtype=torch.bfloat16),
+    torch.zeros(0),
+    torch.zeros(0, 1),
+    torch.tensor(1.0),
+    np.array([1.0, 2.0]),
+    np.array([1, 2]),
+    np.array(["a", None], dtype=object),
+    np.array(["a", 1], dtype=object),
+    picture(),
+    picture(1),
+    picture(0, "L"),
+    functools.partial(print, 1),
+    functools.partial(print, 2),
+    torch.eye(2).to_sparse(),
+    sys,
+    os,
+]
 
 
 def test_other_content_is_another_digest():
@@ -165,7 +198,11 @@ def test_collators_count_by_their_settings(tokenizer):
     used = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.2, seed=3)
     fresh = digest(used)
     used([{"input_ids": [1, 2, 3, 4]}])  # makes its generator
-    assert digest(used) == fresh != digest(DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.3, seed=3))
+    assert (
+        digest(used)
+        == fresh
+        != digest(DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=0.3, seed=3))
+    )
     right = digest(DataCollatorWithPadding(tokenizer))
     tokenizer.padding_side = "left"
     try:
@@ -211,7 +248,9 @@ class Opaque:
 def test_rows_must_show_their_content():
     assert digest(Row([1]), strict=True) == digest(Row([1]), strict=True) != digest(Row([1], 1), strict=True)
     assert digest({"x": {Row}}, strict=True)
-    with pytest.raises(DatasetError, match="rows of a dataset must hold numbers, text, .*; got test_fingerprint.Opaque"):
+    with pytest.raises(
+        DatasetError, match="rows of a dataset must hold numbers, text, .*; got test_fingerprint.Opaque"
+    ):
         digest({"x": Opaque()}, strict=True)
 
 

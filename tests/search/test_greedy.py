@@ -125,7 +125,7 @@ def test_confirmation_takes_swaps_back():
 
 
 def test_confirmation_has_a_floor_of_its_own():
-    # the search started at 0.9, this data at 0.85: 0.77 is below the floor of the former (0.8), above that of the latter
+    # the search started at 0.9, this data at 0.85: 0.77 is below the former's floor (0.8), above the latter's
     report = search()
     confirm_swaps(report, lambda swapped: {"eval_accuracy": 0.77 if swapped else 0.85}, 0.1)
     assert report.confirmed == report.most_linear == ["b", "c", "a"]
@@ -136,7 +136,9 @@ def test_confirmation_has_a_floor_of_its_own():
 
 
 def test_a_loss_is_confirmed_the_other_way():
-    report = search(lambda swapped: {"eval_loss": 1 + len(swapped)}, metric="eval_loss", greater_is_better=False, max_drop=9)
+    report = search(
+        lambda swapped: {"eval_loss": 1 + len(swapped)}, metric="eval_loss", greater_is_better=False, max_drop=9
+    )
     confirm_swaps(report, lambda swapped: {"eval_loss": 2.0 + len(swapped) ** 2}, 5)
     assert len(report.most_linear) == 4 and len(report.confirmed) == 2  # 2 + 4 is within 5 of 2, 2 + 9 is not
 
@@ -163,7 +165,9 @@ def test_a_floor_that_the_teacher_misses_on_the_confirmation_data():
         calls.append(swapped)
         return {"eval_accuracy": 0.84}
 
-    with pytest.raises(MetricError, match="got floor=0.85 for eval_accuracy on the confirmation data, which starts at 0.84"):
+    with pytest.raises(
+        MetricError, match="got floor=0.85 for eval_accuracy on the confirmation data, which starts at 0.84"
+    ):
         confirm_swaps(report, score, 0.1, floor=0.85)
     assert calls == [[]] and report.most_linear == before and report.confirmed is None  # nothing was taken back
 

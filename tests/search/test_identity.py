@@ -40,8 +40,14 @@ def test_a_format_does_not_hide_the_rows(kind):
 def test_rows_of_a_dataset():
     whole = data_digest(rows())
     assert data_digest(rows().select([1, 0])) != whole != data_digest(rows().select([0]))
-    assert data_digest(rows().select([0, 1])) == whole == data_digest(rows().select_columns(["score", "name", "input_ids"]))
-    assert data_digest(rows().with_format("torch", columns=["input_ids"])) == data_digest(rows().select_columns("input_ids"))
+    assert (
+        data_digest(rows().select([0, 1]))
+        == whole
+        == data_digest(rows().select_columns(["score", "name", "input_ids"]))
+    )
+    assert data_digest(rows().with_format("torch", columns=["input_ids"])) == data_digest(
+        rows().select_columns("input_ids")
+    )
     assert data_digest({"a": rows(), "b": rows(1)}) == {"a": whole, "b": data_digest(rows(1))}
     long = Dataset.from_dict({"x": range(2500)})
     assert data_digest(long) != data_digest(Dataset.from_dict({"x": [*range(2499), 0]}))
@@ -49,7 +55,9 @@ def test_rows_of_a_dataset():
 
 def test_what_transforms_rows_counts():
     assert data_digest(rows().with_transform(lambda row: row)) == data_digest(rows().with_transform(lambda row: row))
-    assert data_digest(rows().with_transform(lambda row: {**row, "x": 1})) != data_digest(rows().with_transform(lambda row: row))
+    assert data_digest(rows().with_transform(lambda row: {**row, "x": 1})) != data_digest(
+        rows().with_transform(lambda row: row)
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,13 +113,20 @@ def test_streams_count_by_their_rows():
 
 def test_all_weights_count_and_tied_ones_once():
     assert weights_digest(tiny_model()) == weights_digest(tiny_model()) != weights_digest(tiny_model(seed=1))
-    for name in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.rotary_emb.inv_freq", "lm_head.weight"):
+    for name in (
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "model.rotary_emb.inv_freq",
+        "lm_head.weight",
+    ):
         model = tiny_model()
         with torch.no_grad():
             model.get_parameter(name).add_(1) if "inv_freq" not in name else model.get_buffer(name).add_(1)
         assert weights_digest(model) != weights_digest(tiny_model()), name
     tied = tiny_model(tie_word_embeddings=True)
-    assert tied.lm_head.weight is tied.model.embed_tokens.weight and weights_digest(tied) == weights_digest(tiny_model(tie_word_embeddings=True))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight and weights_digest(tied) == weights_digest(
+        tiny_model(tie_word_embeddings=True)
+    )
     assert weights_digest(tiny_model().half()) != weights_digest(tiny_model().half().float())
 
 
@@ -151,9 +166,18 @@ def other_mlp():
         ([], {"arguments": {"per_device_eval_batch_size": 3, "max_steps": 7, "learning_rate": 0.5}}),
         (["weights"], {"model": other_mlp}),
         (["compute_metrics"], {"compute_metrics": accuracy}),
-        (["compute_loss_func"], {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()}),
-        (["preprocess_logits_for_metrics"], {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}),
-        (["data_collator"], {"data_collator": lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}}),
+        (
+            ["compute_loss_func"],
+            {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()},
+        ),
+        (
+            ["preprocess_logits_for_metrics"],
+            {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)},
+        ),
+        (
+            ["data_collator"],
+            {"data_collator": lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}},
+        ),
         (["data"], {"eval_dataset": token_dataset(8, seed=3)}),
         (["data"], {"eval_dataset": token_dataset(8, seed=3).with_format("torch")}),
         ([], {"eval_dataset": token_dataset(8, seed=2).with_format("numpy")}),

@@ -8,15 +8,58 @@ from hf_hybrid.search.metrics import GREATER_IS_BETTER, SMALLER_IS_BETTER, known
 
 
 SMALLER = [
-    "loss", "eval_loss", "eval_val_loss", "lm_loss", "hamming_loss", "logloss", "perplexity", "eval_perplexity", "wer",
-    "eval_val_wer", "cer", "mae", "mse", "rmse", "ece", "ter", "word_error_rate", "mean_squared_error",
-]  # fmt: skip
+    "loss",
+    "eval_loss",
+    "eval_val_loss",
+    "lm_loss",
+    "hamming_loss",
+    "logloss",
+    "perplexity",
+    "eval_perplexity",
+    "wer",
+    "eval_val_wer",
+    "cer",
+    "mae",
+    "mse",
+    "rmse",
+    "ece",
+    "ter",
+    "word_error_rate",
+    "mean_squared_error",
+]
 GREATER = [
-    "accuracy", "eval_accuracy", "balanced_accuracy", "f1", "macro_f1", "exact_match", "bleu", "sacrebleu", "rouge1", "rougeL",
-    "eval_rougeLsum", "chrf", "matthews_correlation", "pearson", "spearmanr", "auc", "roc_auc", "iou", "mean_iou", "recall@10",
+    "accuracy",
+    "eval_accuracy",
+    "balanced_accuracy",
+    "f1",
+    "macro_f1",
+    "exact_match",
+    "bleu",
+    "sacrebleu",
+    "rouge1",
+    "rougeL",
+    "eval_rougeLsum",
+    "chrf",
+    "matthews_correlation",
+    "pearson",
+    "spearmanr",
+    "auc",
+    "roc_auc",
+    "iou",
+    "mean_iou",
+    "recall@10",
     "eval_dev_precision",
-]  # fmt: skip
-UNKNOWN = ["quality", "eval_score", "answer", "f1macro", "neg_mean_squared_error", "negative_log_likelihood", "not_loss", ""]
+]
+UNKNOWN = [
+    "quality",
+    "eval_score",
+    "answer",
+    "f1macro",
+    "neg_mean_squared_error",
+    "negative_log_likelihood",
+    "not_loss",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", SMALLER)
@@ -33,7 +76,8 @@ def test_greater_is_better(name):
 def test_other_names_need_a_direction(name):
     assert known_direction(name) is None
     with pytest.raises(
-        HybridConfigError, match=f"greater_is_better must be given for the metric '{name}', whose direction is not known"
+        HybridConfigError,
+        match=f"greater_is_better must be given for the metric '{name}', whose direction is not known",
     ):
         GreedyLayerSwapCallback(name)
     for given in (True, False):

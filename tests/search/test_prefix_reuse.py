@@ -30,7 +30,9 @@ def evaluation(model, data):
 
 def tiny_t5():
     torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    config = transformers.T5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
@@ -38,10 +40,16 @@ def tiny_gemma3n():
     """Its last layers read the keys and values of earlier ones."""
     torch.manual_seed(0)
     config = transformers.Gemma3nTextConfig(
-        **{**SIZES, "num_hidden_layers": 4}, head_dim=8, num_kv_shared_layers=2, vocab_size_per_layer_input=99,
-        hidden_size_per_layer_input=8, altup_num_inputs=2, laurel_rank=4, activation_sparsity_pattern=[0.0] * 4,
+        **{**SIZES, "num_hidden_layers": 4},
+        head_dim=8,
+        num_kv_shared_layers=2,
+        vocab_size_per_layer_input=99,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.0] * 4,
         layer_types=["full_attention"] * 4,
-    )  # fmt: skip
+    )
     return transformers.Gemma3nForCausalLM(config).eval()
 
 
@@ -65,7 +73,11 @@ def test_a_run_from_any_block_on_is_the_whole_run(family):
     assert reuse.verify(len(data)) and len(reuse.blocks) == 3
     ran = []
     for block in reuse.blocks:
-        inner = next(module for module in block.modules() if isinstance(module, torch.nn.LayerNorm) or "Norm" in type(module).__name__)
+        inner = next(
+            module
+            for module in block.modules()
+            if isinstance(module, torch.nn.LayerNorm) or "Norm" in type(module).__name__
+        )
         inner.register_forward_hook(lambda module, args, output, block=block: ran.append(block))
     for position, layer in enumerate(layers.values()):
         handle = layer.register_forward_hook(lambda module, args, output: (output[0] * 0.5, *output[1:]))
@@ -133,7 +145,9 @@ def test_a_model_that_runs_on_its_own_account_is_noticed():
     with reuse.recording():
         evaluation(model, data)
         with torch.no_grad():
-            reuse.block_of["model.layers.1.self_attn"](torch.zeros(1, 4, 32), position_embeddings=(torch.ones(1, 4, 8),) * 2)
+            reuse.block_of["model.layers.1.self_attn"](
+                torch.zeros(1, 4, 32), position_embeddings=(torch.ones(1, 4, 8),) * 2
+            )
     assert not reuse.verify(len(data))
 
 
@@ -143,7 +157,10 @@ def test_other_batches_are_refused_after_having_been_run_whole():
     assert reuse.verify(len(data))
     for other in (data[::-1], data[:2], [*data, data[0]], batches(length=5)):
         expected = evaluation(model, other)
-        with pytest.raises(HybridError, match="The validation batches changed between two trials"), reuse.starting_at(2):
+        with (
+            pytest.raises(HybridError, match="The validation batches changed between two trials"),
+            reuse.starting_at(2),
+        ):
             actual = evaluation(model, other)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 

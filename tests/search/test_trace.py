@@ -92,7 +92,9 @@ def test_another_floor_or_metric_reads_what_was_paid_for(tmp_path):
     assert other.most_linear == ["a"]
     results = [row for row in map(json.loads, path.read_text().splitlines()) if row["type"] == "result"]
     assert [(row["metric"], row["most_linear"]) for row in results] == [
-        ("eval_accuracy", ["b", "c", "a"]), ("eval_accuracy", ["b", "c"]), ("eval_loss", ["a"]),
+        ("eval_accuracy", ["b", "c", "a"]),
+        ("eval_accuracy", ["b", "c"]),
+        ("eval_loss", ["a"]),
     ]
 
 

@@ -1,0 +1,210 @@
+"""What one of several processes does, for `test_many_processes.py`: `accelerate launch ... worker.py FOLDER RUN...`."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from hf_hybrid import GreedyLayerSwapCallback, HybridTrainer, LinearAttentionConfig  # noqa: E402
+from hf_hybrid.adapters.bank import student_state  # noqa: E402
+from hf_hybrid.search.ranks import gathered, rank  # noqa: E402
+
+from conftest import token_dataset  # noqa: E402
+from helpers import SMALL_MIXER, toy_arguments  # noqa: E402
+from tiny_models import SIZES, tiny_llava, tiny_model  # noqa: E402
+
+
+# rows in one step and in one batch of an evaluation, all processes together
+ROWS, STEPS = 4, 6
+TRIALS = 7  # of three layers: the teacher, then 3 + 2 + 1
+# a learned feature map beside a window: parameters of several shapes, some with an odd first axis (2 halves of 3 rows)
+LEARNED = LinearAttentionConfig(feature_map="hedgehog", window_size=3)
+
+
+class PerStep(TrainerCallback):
+    """Notes every layer's local loss as the processes agreed on it, and ends all processes after step `die_after`."""
+
+    def __init__(self, die_after: int | None = None):
+        self.losses, self.die_after, self.trainer = [], die_after, None
+
+    def set_trainer(self, trainer):
+        self.trainer = trainer
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "block_loss_mean" in (logs or {}):
+            self.losses.append([logs["loss"], *self.trainer.last_block_losses.values()])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.die_after:
+            die()
+
+
+def die():
+    """As a machine does: without a word, wherever the other process is."""
+    pids = gathered(os.getpid())
+    if rank() == 0:
+        for pid in reversed(pids):
+            os.kill(pid, signal.SIGKILL)
+
+
+def die_after_trials(trainer, count: int):
+    own, calls = trainer.evaluate_silently, []
+
+    def counting(*args):
+        if trainer.state.global_step == STEPS:  # not the look before the distillation
+            calls.append(1)
+        if len(calls) > count:
+            die()
+        return own(*args)
+
+    trainer.evaluate_silently = counting
+
+
+def make_trainer(folder, model=None, mixer=SMALL_MIXER, callbacks=(), **arguments) -> HybridTrainer:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = toy_arguments(
+        folder,
+        **{
+            "max_steps": STEPS,
+            "per_device_train_batch_size": ROWS // processes,
+            "per_device_eval_batch_size": ROWS // processes,
+            "dataloader_pin_memory": False,
+            **arguments,
+        },
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards for accelerators only, though `fully_shard` does not mind: here it takes the two processors for such
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+    data = {"train_dataset": token_dataset(32), "eval_dataset": token_dataset(8, seed=2)}
+    return HybridTrainer(model or tiny_model(), mixer, arguments, callbacks=list(callbacks), **data)
+
+
+def search_callback(**kwargs):
+    return GreedyLayerSwapCallback("eval_loss", "50%", **kwargs)
+
+
+def outcome(trainer, losses=()) -> dict:
+    state = {name: value.double().sum().item() for name, value in student_state(trainer.unwrapped).items()}
+    report = trainer.swap_report
+    return {
+        "losses": list(losses),
+        "trials": [[trial.swapped, trial.metrics["eval_loss"]] for trial in report.trials] if report else [],
+        "swapped": trainer.swapped_layers(),
+        "parameters": state,
+        "is_sharded": any(hasattr(parameter, "full_tensor") for parameter in trainer.unwrapped.parameters()),
+        "world": trainer.args.world_size,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- what is run
+
+
+def whole(folder, name="whole", **arguments):
+    """Distil, search, save the hybrid and the bank."""
+    steps = PerStep()
+    trainer = make_trainer(folder / name, callbacks=[search_callback(), steps], **arguments)
+    trainer.train()
+    found = outcome(trainer, steps.losses)
+    found["eval_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(folder / name / "hybrid"))
+    return found
+
+
+def recomputed(folder):
+    """With mixers computed again in the backward pass."""
+    return whole(folder, "recomputed", activation_checkpointing=True)
+
+
+def learned(folder):
+    steps = PerStep()
+    trainer = make_trainer(folder / "learned", mixer=LEARNED, callbacks=[steps], max_steps=3, save_strategy="no")
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
+def accumulated(folder):
+    """Two small batches a step on each process."""
+    steps = PerStep()
+    half = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": ROWS // 2}
+    half["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
+    trainer = make_trainer(folder / "accumulated", callbacks=[steps], max_steps=3, save_strategy="no", **half)
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
+def memory(folder):
+    """The processes have different limits for activations."""
+    limit = (2 << 30) if rank() == 0 else 1
+    trainer = make_trainer(folder / "memory", callbacks=[search_callback(max_reuse_bytes=limit)])
+    trainer.train()
+    return outcome(trainer)
+
+
+def pictures(folder):
+    """Text alone, for a model of text and pictures: no process reaches the vision tower."""
+    steps = PerStep()
+    trainer = make_trainer(folder / "pictures", tiny_llava(), "linear_attention", [steps], max_steps=3)
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
+def encoder_decoder(folder):
+    """T5: its cross-attention has no mixers, its decoder is fed the labels."""
+    sizes = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**SIZES, **sizes})).eval()
+    steps = PerStep()
+    trainer = make_trainer(folder / "encoder_decoder", model, callbacks=[steps], max_steps=3)
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
+def killed_in_search(folder):
+    trainer = make_trainer(folder / "killed_in_search", callbacks=[search_callback(), PerStep()])
+    die_after_trials(trainer, 4)
+    trainer.train()
+
+
+def killed_in_distillation(folder):
+    make_trainer(folder / "killed_in_distillation", callbacks=[search_callback(), PerStep(die_after=3)]).train()
+
+
+def _resumed(folder, name):
+    steps = PerStep()
+    trainer = make_trainer(folder / name, callbacks=[search_callback(), steps])
+    evaluations, own = [], trainer.evaluate_silently
+    trainer.evaluate_silently = lambda *args: evaluations.append(1) or own(*args)
+    trainer.train(resume_from_checkpoint=True)
+    return {**outcome(trainer, steps.losses), "evaluations": len(evaluations)}
+
+
+def resumed_search(folder):
+    return _resumed(folder, "killed_in_search")
+
+
+def resumed_distillation(folder):
+    return _resumed(folder, "killed_in_distillation")
+
+
+RUNS = [
+    whole, recomputed, learned, accumulated, memory, pictures, encoder_decoder,
+    killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
+]  # fmt: skip
+
+
+if __name__ == "__main__":
+    named = {function.__name__: function for function in RUNS}
+    for name in sys.argv[2:]:
+        result = named[name](Path(sys.argv[1]))
+        Path(sys.argv[1], f"{name}.rank{os.environ['RANK']}.json").write_text(json.dumps(result))
