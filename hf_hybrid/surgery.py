@@ -173,10 +173,15 @@ def _has_deltas(model: nn.Module) -> bool:
 def check_convertible(model) -> None:
     """
     Raises:
+        AlreadyHybridError: If it is in distillation.
         UnsupportedModelError: If it is no model of transformers, or carries an adapter, which a checkpoint would be taken for.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}.")
+    if getattr(model, "training_objective", None) is not None:
+        raise AlreadyHybridError(
+            f"{describe(model)} is in distillation already: it has mixers at {len(hybrid_layers(model))} layers. Finalize it, or load the teacher again."
+        )
     adapted = next((name for name, part in model.named_modules() if type(part).__module__.startswith("peft.")), None)
     if adapted is not None or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
@@ -305,11 +310,11 @@ def prepare_distillation_(
     config = resolve_mixer_config(mixer)
     check_projections(projections, rank, heads)
     initialization = check_initialization(initialization)
+    check_convertible(model)
     if isinstance(model, HybridModelMixin):
         raise AlreadyHybridError(
             f"{describe(model)} is converted already. Distillation starts from full attention: call restore_full_attention(model) first."
         )
-    check_convertible(model)
     probed = probe_attention(model, example_inputs)
     selected = select_heads(layers, heads, probed.sites, describe(model))
     # fp32 master weights: bf16 would swallow small updates

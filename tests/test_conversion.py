@@ -381,9 +381,7 @@ def test_a_family_without_the_attention_interface_is_refused():
 def test_a_bidirectional_family_is_refused_before_anything_changes():
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
-    )
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
     model = BertForMaskedLM(config)
     with pytest.raises(HybridConfigError, match="gated_delta_net has no bidirectional form"):
         convert_to_hybrid(model, "gated_delta_net")
@@ -394,9 +392,7 @@ def test_an_encoder_becomes_linear_and_comes_back(tmp_path):
     from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99
-    )
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=99)
     model = convert_to_hybrid(BertForMaskedLM(config).eval())
     tokens = torch.randint(5, 99, (2, 12))
     mask = torch.ones_like(tokens)

@@ -30,9 +30,7 @@ def tokens(batch=2, length=9, seed=0):
 def causal_mask(length, dtype=torch.bool, batch=2):
     mask = torch.ones(length, length, dtype=torch.bool).tril().expand(batch, 1, -1, -1).clone()
     return (
-        mask
-        if dtype == torch.bool
-        else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        mask if dtype == torch.bool else torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
     )
 
 
@@ -143,12 +141,8 @@ def test_a_mask_is_checked_by_the_layers_it_reaches():
             model = convert_to_hybrid(tiny_llava(), "linear_attention", layers)
             with pytest.raises(UnsupportedModelError, match="lets tokens see later ones"):
                 model(**inputs, attention_mask=everywhere)
-            assert_close(
-                "causal", model(**inputs, attention_mask=causal_mask(21)).logits, model(**inputs).logits, 1e-5
-            )
-        model = convert_to_hybrid(
-            tiny_llava(), "linear_attention", "vision"
-        )  # the text's softmax sees what it is told
+            assert_close("causal", model(**inputs, attention_mask=causal_mask(21)).logits, model(**inputs).logits, 1e-5)
+        model = convert_to_hybrid(tiny_llava(), "linear_attention", "vision")  # the text's softmax sees what it is told
         plain = model(**inputs).logits
         assert_close("causal", model(**inputs, attention_mask=causal_mask(21)).logits, plain, 1e-5)
         assert float((model(**inputs, attention_mask=everywhere).logits - plain).abs().max()) > 0.1

@@ -131,14 +131,10 @@ def test_distil_search_save_load_and_run(task, tmp_path):
         from PIL import Image
 
         processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
-        answer = transformers.pipeline(kind, model=loaded, image_processor=processor)(
-            Image.new("RGB", (40, 40), "red")
-        )
+        answer = transformers.pipeline(kind, model=loaded, image_processor=processor)(Image.new("RGB", (40, 40), "red"))
     elif given == "sound":
         extractor = transformers.Wav2Vec2FeatureExtractor()
-        answer = transformers.pipeline(kind, model=loaded, feature_extractor=extractor)(
-            np.zeros(800, dtype=np.float32)
-        )
+        answer = transformers.pipeline(kind, model=loaded, feature_extractor=extractor)(np.zeros(800, dtype=np.float32))
     else:
         kwargs = {"max_new_tokens": 3, "do_sample": False} if kind == "text-generation" else {}
         answer = transformers.pipeline(kind, model=loaded, tokenizer=tokenizer(), **kwargs)(given)

@@ -23,7 +23,7 @@ from hf_hybrid import (
     save_mixer_bank,
 )
 from hf_hybrid.adapters.bank import student_state
-from hf_hybrid.surgery import prepare_distillation_
+from hf_hybrid.conversion.layer import hybrid_layers
 from hf_hybrid.errors import (
     AlreadyHybridError,
     CheckpointError,
@@ -33,6 +33,8 @@ from hf_hybrid.errors import (
     OutputFolderError,
     UnknownMixerError,
 )
+from hf_hybrid.objectives.local import LocalDistillation
+from hf_hybrid.surgery import prepare_distillation_
 
 from conftest import token_dataset
 from helpers import SMALL_MIXER, toy_arguments, toy_trainer
@@ -58,49 +60,74 @@ def test_one_step_changes_every_student_parameter_and_nothing_else(family, proje
     teacher = {name: value.clone() for name, value in tiny_model(family).state_dict().items()}
     before = snapshot(trainer.model)
     trainer.train()
-    changed = {
-        name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])
-    }
+    changed = {name for name, parameter in trainer.model.named_parameters() if not torch.equal(parameter, before[name])}
     trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     # a bias of the keys shifts all scores of a query alike: softmax, and so the exact window, does not see it
     blind = {name for name in trainable - changed if name.endswith("k_proj.bias")}
     assert changed == trainable - blind
-    assert all(".student." in name for name in changed)
-    inner = {
-        name.replace(".teacher.", "."): value
-        for name, value in trainer.model.state_dict().items()
-        if ".student." not in name
-    }
+    assert all(".hybrid." in name or ".hybrid_delta." in name for name in changed)
+    inner = {name: value for name, value in trainer.model.state_dict().items() if name not in trainable}
     for name, value in teacher.items():
         assert torch.equal(inner[name], value), name
 
 
+class PerLayer(LocalDistillation):
+    """Gives the loss of every layer, with its gradient, instead of their sum."""
+
+    def _collected(self, model):
+        return {name: torch.stack(losses.layer).mean() for name, losses in self._losses.items()}
+
+
+@pytest.mark.parametrize("projections", ["shared", "low_rank"])
 @pytest.mark.parametrize("recompute", [True, False])
-def test_block_losses_give_each_other_no_gradient(recompute, tmp_path):
-    trainer = toy_trainer(tmp_path, arguments={"activation_checkpointing": recompute})
+def test_block_losses_give_each_other_no_gradient(recompute, projections, tmp_path):
+    trainer = toy_trainer(tmp_path, arguments={"activation_checkpointing": recompute, "projections": projections})
     model = trainer.model.train()
-    sites = list(model.distill_sites)
     ids = torch.tensor(token_dataset(2)["input_ids"])
     together = model(input_ids=ids)
     together["loss"].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert together["block_losses"].shape == (3,) and torch.allclose(together["loss"], together["block_losses"].sum())
-    from hf_hybrid.surgery import _LossRecord
-
-    for index, site in enumerate(sites):  # one block's loss alone
+    for site in trainer.distill_sites:  # one block's loss alone
         model.zero_grad()
-        record = _LossRecord(recompute)
-        for part in model.distill_sites.values():
-            part.record = record
-        with torch.enable_grad():
-            model.eval()(input_ids=ids, use_cache=False)
-        for part in model.distill_sites.values():
-            part.record = None
-        list(record.losses.values())[index][0].backward()
+        model.training_objective = PerLayer(model, recompute)
+        model(input_ids=ids)[site].backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None and parameter.grad.abs().sum() > 0:
                 assert name.startswith(site + "."), f"the loss of {site} reached {name}"
                 assert torch.allclose(parameter.grad, expected[name], atol=1e-7)
+
+
+def test_projections_run_once_per_step():
+    """Queries, keys, values and outputs of every layer are computed once in a training forward, by the counted products of their weights."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = prepare_distillation_(tiny_model(), SMALL_MIXER).train()
+    ids = torch.tensor(token_dataset(2)["input_ids"])
+    counts = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 0)
+    with FlopCounterMode(display=False, depth=None) as flops:
+        model(input_ids=ids)["loss"].backward()
+    for name, by_op in flops.get_flop_counts().items():
+        for projection in counts:
+            if name.endswith(f"self_attn.{projection}"):
+                counts[projection] += sum(by_op.values())
+    tokens, wide, narrow = ids.numel(), 32 * 32, 32 * 16
+    expected = {"q_proj": wide, "k_proj": narrow, "v_proj": narrow, "o_proj": wide}
+    assert counts == {name: 3 * 2 * tokens * size for name, size in expected.items()}  # three layers, forward alone
+
+
+def test_the_losses_of_heads_say_which_head_is_hard(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    model = trainer.model.train()
+    ids = torch.tensor(token_dataset(2)["input_ids"])
+    with torch.no_grad():
+        before = model(input_ids=ids)["head_losses"]
+        layer = trainer.distill_sites["model.layers.1.self_attn"]
+        layer.hybrid.feature_map_k.weight[1].normal_()  # the second key-value head
+        layer.hybrid.log_weight[2:].fill_(4.0)
+        after = model(input_ids=ids)["head_losses"]
+    changed = (after != before).nonzero().flatten().tolist()
+    assert before.shape == (6,) and changed == [3]  # and no other
 
 
 def test_padding_does_not_change_the_local_loss(tmp_path):
@@ -146,7 +173,7 @@ def test_the_search_ends_where_a_plain_search_would(tmp_path):
     trainer = toy_trainer(tmp_path / "a", callbacks=[callback], compute_metrics=accuracy)
     trainer.train()
     report = trainer.swap_report
-    assert trainer.swapped_layers() == [name for name in trainer.model.distill_sites if name in report.most_linear]
+    assert trainer.swapped_layers() == [name for name in trainer.distill_sites if name in report.most_linear]
     assert report.base == pytest.approx(Trainer(tiny_model(), TrainingArguments(str(tmp_path / "b"), report_to=[], use_cpu=True),
         eval_dataset=trainer.eval_dataset, compute_metrics=accuracy).evaluate()["eval_accuracy"])  # fmt: skip
     # every trial again, without reuse of activations
@@ -166,7 +193,7 @@ def test_reused_activations_give_the_same_search(family, tmp_path):
         callback = GreedyLayerSwapCallback("eval_loss", "30%", reuse_activations=reuse)
         trainer = toy_trainer(tmp_path / str(reuse), family, callbacks=[callback])
         calls = []
-        first = trainer.model.get_submodule(next(iter(trainer.model.distill_sites)))
+        first = next(iter(trainer.distill_sites.values()))
         first.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         results.append(([(t.swapped, t.metrics["eval_loss"]) for t in trainer.swap_report.trials], len(calls)))
@@ -247,7 +274,7 @@ def test_a_kill_while_saving_costs_one_checkpoint_only(tmp_path):
     whole.train()
     toy_trainer(tmp_path / "b", arguments={"max_steps": 4}).train()
     (tmp_path / "b" / "checkpoint-4" / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
-    (tmp_path / "b" / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "b" / "checkpoint-4" / "adapter_model.safetensors").write_bytes(b"half")
     resumed = toy_trainer(tmp_path / "b", arguments={"max_steps": 6})
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
@@ -288,9 +315,7 @@ def test_a_killed_search_resumes_to_the_same_layers(kill, tmp_path):
         code = textwrap.dedent(SEARCH).format(
             tests=os.path.dirname(__file__), folder=str(folder), resume=resume, delay=delay
         )
-        return subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     trace = tmp_path / "killed" / "swap_trace.jsonl"
     process = start(tmp_path / "killed", False, 0.7)
@@ -338,8 +363,10 @@ def test_students_are_not_replaced_silently(tmp_path):
     assert again.swapped_layers() == [] and len(again.distill_sites) == 3
     with pytest.raises(AlreadyHybridError, match="is in distillation already"):
         convert_to_hybrid(trainer.model, SMALL_MIXER)
-    with pytest.raises(AlreadyHybridError, match="holds teachers and students"):
-        trainer.model.save_pretrained(tmp_path / "x")
+    trainer.swap_layers([1])
+    trainer.model.save_pretrained(tmp_path / "x")  # the hybrid as the switch stands
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert list(loaded.config.hybrid["sites"]) == ["model.layers.1.self_attn"]
 
 
 def test_resume_with_other_students_or_teacher_is_refused(tmp_path):
@@ -437,39 +464,35 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     with pytest.raises(CheckpointError, match="distilled from .* the weights of LlamaForCausalLM .* are others"):
         load_mixer_bank(tiny_model().apply(_disturb), tmp_path / "bank")
     load_mixer_bank(tiny_model().bfloat16(), tmp_path / "bank")  # rounding is no other model
-    with pytest.raises(CheckpointError, match="are others"):
+    with pytest.raises(CheckpointError, match="has no layer 'model.layers.1.self_attn'"):
         load_mixer_bank(tiny_model(num_hidden_layers=1), tmp_path / "bank")
-    with pytest.raises(CheckpointError, match=r"\(model_type 'llama'\); got Qwen2ForCausalLM"):
+    with pytest.raises(CheckpointError, match=r"the weights of Qwen2ForCausalLM \(model_type='qwen2'\) .* are others"):
         load_mixer_bank(tiny_model("qwen2"), tmp_path / "bank")
     from safetensors.torch import load_file, save_file
 
-    weights = tmp_path / "bank" / "mixer_bank.safetensors"
+    weights, config = (tmp_path / "bank" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
     tensors = load_file(weights)
     save_file({name: value for name, value in tensors.items() if "layers.1." not in name}, weights)
     untouched = tiny_model()
-    with pytest.raises(CheckpointError, match="is not the file mixer_bank.json describes"):
-        load_mixer_bank(untouched, tmp_path / "bank")
-    description = json.loads((tmp_path / "bank" / "mixer_bank.json").read_text())
-    from hf_hybrid.adapters.bank import _sha256
-
-    other = {**description, "weights_sha256": _sha256(weights)}
-    (tmp_path / "bank" / "mixer_bank.json").write_text(json.dumps(other))
     with pytest.raises(CheckpointError, match="does not fit the students"):
         load_mixer_bank(untouched, tmp_path / "bank")
-    for key in ("base_model", "base_fingerprint", "projections", "rank", "base_model_type", "sites"):
-        (tmp_path / "bank" / "mixer_bank.json").write_text(
-            json.dumps({k: v for k, v in description.items() if k != key})
-        )
-        with pytest.raises(CheckpointError, match="The file was edited"):
+    description = json.loads(config.read_text())
+    for key, message in {
+        "base_fingerprint": "lacks entries",
+        "sites": "is not of a HYBRID adapter that was trained",
+        "peft_type": "is no readable adapter of mixers",
+    }.items():
+        config.write_text(json.dumps({k: v for k, v in description.items() if k != key}))
+        with pytest.raises(CheckpointError, match=message):
             load_mixer_bank(untouched, tmp_path / "bank")
-    (tmp_path / "bank" / "mixer_bank.json").write_text(json.dumps(description))
+    config.write_text(json.dumps(description))
     assert type(untouched).__name__ == "LlamaForCausalLM" and list(untouched.state_dict()) == list(
         tiny_model().state_dict()
     )
     assert all(parameter.requires_grad for parameter in untouched.parameters())
     save_file(tensors, weights)
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(CheckpointError, match="is no readable mixer bank"):
+    with pytest.raises(CheckpointError, match="is no readable adapter of mixers"):
         load_mixer_bank(tiny_model(), tmp_path / "bank")
     with pytest.raises(AlreadyHybridError, match="has no students to save"):
         save_mixer_bank(tiny_model(), tmp_path / "nothing")
@@ -488,10 +511,10 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
     from safetensors.torch import load_file, save_file
 
     toy_trainer(tmp_path).train()
-    path = tmp_path / "checkpoint-4" / "model.safetensors"
+    path = tmp_path / "checkpoint-4" / "adapter_model.safetensors"
     if damage == "truncate":
         path.write_bytes(path.read_bytes()[:-10])
-        message = "is no readable checkpoint of a HybridTrainer"
+        message = "is no readable adapter of mixers"
     else:
         tensors = load_file(path)
         tensors.popitem()
@@ -584,14 +607,14 @@ def test_a_callback_needs_a_hybrid_trainer(tmp_path):
 def test_not_a_number_stops_training_and_search(tmp_path):
     trainer = toy_trainer(tmp_path / "a")
     with torch.no_grad():
-        trainer.model.model.layers[1].self_attn.student.hybrid.log_weight.fill_(float("nan"))
+        trainer.model.model.layers[1].self_attn.hybrid.log_weight.fill_(float("nan"))
     with pytest.raises(
         MetricError, match="step 0: the local loss of model.layers.1.self_attn must be finite; 1 of 3 sites are not"
     ):
         trainer.train()
     trainer = toy_trainer(tmp_path / "b", arguments={"per_device_eval_batch_size": 2})
     with torch.no_grad():
-        trainer.model.model.layers[1].self_attn.student.hybrid.log_weight.fill_(float("nan"))
+        trainer.model.model.layers[1].self_attn.hybrid.log_weight.fill_(float("nan"))
     with pytest.raises(
         MetricError,
         match="round 1, trial of model.layers.1.self_attn: the metric 'eval_loss' must be a finite number; got nan",
@@ -613,7 +636,7 @@ def test_a_model_can_be_given_by_path(tmp_path):
         str(tmp_path / "teacher"), SMALL_MIXER, toy_arguments(tmp_path / "out"), train_dataset=token_dataset(16)
     )
     trainer.train()
-    assert trainer.last_block_losses.keys() == trainer.model.distill_sites.keys()
+    assert trainer.last_block_losses.keys() == trainer.distill_sites.keys()
     trainer.swap_layers([1])
     trainer.save_model()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -632,7 +655,7 @@ def test_only_selected_layers_get_students(tmp_path):
     trainer = toy_trainer(
         tmp_path, mixer=LinearAttentionConfig(window_size=0), arguments={"layers": "0,model.layers.2.self_attn"}
     )
-    assert list(trainer.model.distill_sites) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+    assert list(trainer.distill_sites) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
     trainer.train()
 
 
@@ -647,9 +670,7 @@ def test_sites_that_no_batch_reaches_are_named(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         trainer.train()
     losses = trainer.last_block_losses
-    assert [loss > 0 for loss in losses.values()] == [False, False, True, True] and "vision_tower" in next(
-        iter(losses)
-    )
+    assert [loss > 0 for loss in losses.values()] == [False, False, True, True] and "vision_tower" in next(iter(losses))
     assert "No batch reached 2 of 4 attention sites, the first model.vision_tower" in caplog.text
 
 
@@ -670,7 +691,7 @@ def test_block_losses_belong_to_their_sites_whatever_runs_first():
     model.train()
     first = model(input_ids=text, pixel_values=vision)["block_losses"]
     other = model(input_ids=text, pixel_values=-vision)["block_losses"]
-    changed = {name for name, a, b in zip(model.distill_sites, first, other, strict=True) if not torch.equal(a, b)}
+    changed = {name for name, a, b in zip(hybrid_layers(model), first, other, strict=True) if not torch.equal(a, b)}
     assert changed and all("vision" in name for name in changed)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import find_labels
 
@@ -45,12 +46,14 @@ class LocalDistillation:
 
     Attributes:
         reached (`set[str]`): Layers that any batch of the training reached so far.
+        host_units (`set[str]`): Classes that the family wants whole on one device, in `model._no_split_modules` again after the distillation.
     """
 
     def __init__(self, model: HybridModelMixin, recompute: bool = False, window_dropout: float = 0.0):
         self.recompute, self.window_dropout = recompute, window_dropout
         self.names = {layer: name for name, layer in hybrid_layers(model).items()}
         self.reached: set[str] = set()
+        self.host_units: set[str] = set()
         self._losses: dict[str, LocalLosses] = {}
         # some hosts run a part of themselves without gradients: its mixers learn all the same
         self._learns = False
@@ -191,7 +194,7 @@ class LocalDistillation:
 
 def _of_nothing(layer: nn.Module, zero: torch.Tensor) -> torch.Tensor:
     """Zero, as a function of all that trains in the layer."""
-    trained = [p for p in layer.parameters() if p.requires_grad]
+    trained = [p.to_local() if isinstance(p, DTensor) else p for p in layer.parameters() if p.requires_grad]
     return zero + sum((p.reshape(-1)[:1].sum() * 0.0).to(zero) for p in trained)
 
 
@@ -216,11 +219,14 @@ def start_distillation_(
         raise HybridConfigError(
             f"{describe(model)} has no mixers to distil. Call prepare_distillation_(model, …) first."
         )
-    objective = LocalDistillation(model, recompute, window_dropout)
+    objective, before = LocalDistillation(model, recompute, window_dropout), model.training_objective
+    objective.host_units = set(model._no_split_modules or ()) if before is None else before.host_units
     model.__dict__["training_objective"] = objective
-    # FSDP2: each mixer must be a unit of its own, since no gradient ever reaches the layer around it
+    # FSDP2: each mixer must be a unit of its own, since no gradient ever reaches the layer around it. Classes that a family names and this model
+    # does not have stop accelerate.
     units = {type(part).__name__ for part in trained_units(hybrid_layers(model).values())}
-    model._no_split_modules = sorted(units | set(type(model)._no_split_modules or ()))
+    units |= objective.host_units & {type(part).__name__ for part in model.modules()}
+    model._no_split_modules = units
     return objective
 
 

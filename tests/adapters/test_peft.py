@@ -88,7 +88,9 @@ def test_merge_and_unload_gives_the_hybrid(case, base, tmp_path):
     model = adapted(base, **CASES[case])
     expected, switched = logits(model), linear_heads(model.get_base_model())
     hybrid = model.merge_and_unload()
-    assert type(hybrid).__name__ == "HybridLlamaForCausalLM" and not any("hybrid_" in n for n, _ in hybrid.named_parameters())
+    assert type(hybrid).__name__ == "HybridLlamaForCausalLM" and not any(
+        "hybrid_" in n for n, _ in hybrid.named_parameters()
+    )
     assert torch.equal(logits(hybrid), expected) and linear_heads(hybrid) == switched
     hybrid.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
@@ -130,11 +132,15 @@ def test_generation_with_a_cache_and_saving_the_hybrid_inside(base, tmp_path):
 def test_a_trainer_trains_the_adapter_alone(base, tmp_path):
     model = adapted(base, projections="low_rank", projection_rank=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = TrainingArguments(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_steps=2, disable_tqdm=True
+    )
     Trainer(model, arguments, train_dataset=token_dataset(16)).train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if ".hybrid_" in name}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        p.name for p in (tmp_path / "checkpoint-2").iterdir()
+    }
 
 
 def test_the_hybrid_trainer_takes_a_peft_model_and_leaves_the_same_format(base, tmp_path):
@@ -154,7 +160,9 @@ def test_the_hybrid_trainer_takes_a_peft_model_and_leaves_the_same_format(base, 
         for name, layer in hybrid_layers(bank).items():
             own = trainer.distill_sites[name].hybrid.state_dict()
             assert all(torch.equal(value, own[key]) for key, value in layer.hybrid.state_dict().items())
-    resumed = toy_trainer(tmp_path / "run", model=get_peft_model(load(base), HybridPeftConfig(mixer=SMALL_MIXER)), mixer=None)
+    resumed = toy_trainer(
+        tmp_path / "run", model=get_peft_model(load(base), HybridPeftConfig(mixer=SMALL_MIXER)), mixer=None
+    )
     resumed.train(resume_from_checkpoint=True)
     for name, layer in resumed.distill_sites.items():
         own = trainer.distill_sites[name].hybrid.state_dict()
@@ -178,7 +186,9 @@ def test_a_bank_of_the_trainer_is_an_adapter(base, tmp_path):
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     adapted(base).save_pretrained(tmp_path)
     other = tiny_model(seed=5)
-    with pytest.raises(CheckpointError, match="the weights of LlamaForCausalLM .* at 'model.layers.0.self_attn' are others"):
+    with pytest.raises(
+        CheckpointError, match="the weights of LlamaForCausalLM .* at 'model.layers.0.self_attn' are others"
+    ):
         PeftModel.from_pretrained(other, tmp_path)
     assert not hybrid_layers(other) and type(other).__name__ == "LlamaForCausalLM"
     with pytest.raises(CheckpointError, match="has no layer 'model.layers.2.self_attn'"):

@@ -131,9 +131,7 @@ def second_frame(model, session):
 def edgetam_video(model, batch, length):
     from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVideoInferenceSession
 
-    return second_frame(
-        model, video_session(EdgeTamVideoInferenceSession, 64, batch, max_vision_features_cache_size=1)
-    )
+    return second_frame(model, video_session(EdgeTamVideoInferenceSession, 64, batch, max_vision_features_cache_size=1))
 
 
 def sam2_video(model, batch, length):

@@ -121,10 +121,17 @@ def test_every_way_of_running_equals_the_naive_composition(family, which):
     mask = torch.cat([torch.zeros(2, 4, dtype=torch.long), torch.ones_like(IDS)], 1)
     mask[1, 2:4] = 1
     actual = model(padded, attention_mask=mask, position_ids=positions(mask)).logits
-    assert_close("padding", actual[mask.bool()], naive(padded, attention_mask=mask, position_ids=positions(mask))[mask.bool()], 1e-5)
+    assert_close(
+        "padding",
+        actual[mask.bool()],
+        naive(padded, attention_mask=mask, position_ids=positions(mask))[mask.bool()],
+        1e-5,
+    )
     if family != "opt":  # its own softmax does not know packed rows
         packed = torch.cat([torch.arange(8), torch.arange(11)])[None].expand(2, -1)
-        assert_close("packing", model(IDS, position_ids=packed, use_cache=False).logits, naive(IDS, position_ids=packed), 1e-5)
+        assert_close(
+            "packing", model(IDS, position_ids=packed, use_cache=False).logits, naive(IDS, position_ids=packed), 1e-5
+        )
 
 
 @pytest.mark.parametrize("which", ["one", "all_but_one"])
@@ -157,7 +164,9 @@ def test_no_head_is_the_host_and_all_heads_are_the_hybrid_bit_by_bit():
     for family in HOSTS:
         host, model = tiny_model(family), tiny_model(family)
         whole = perturb_mixers(convert_to_hybrid(tiny_model(family), SMALL_MIXER))
-        convert_to_hybrid(model, SMALL_MIXER, heads={s.name: list(s.key_value_heads) for s in find_attention_sites(model)})
+        convert_to_hybrid(
+            model, SMALL_MIXER, heads={s.name: list(s.key_value_heads) for s in find_attention_sites(model)}
+        )
         perturb_mixers(model)
         with torch.no_grad():
             assert torch.equal(model(IDS).logits, whole(IDS).logits), family
@@ -199,7 +208,9 @@ def test_a_checkpoint_holds_linear_heads_only(tmp_path):
 
 @pytest.mark.parametrize("kept", [1])
 def test_cache_bytes_of_a_layer_with_one_of_three_heads_kept(kept):
-    model = tiny_model("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, max_position_embeddings=8192)
+    model = tiny_model(
+        "llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48, max_position_embeddings=8192
+    )
     mixer = SlidingWindowConfig(window_size=64, num_sink_tokens=4)
     convert_to_hybrid(model, mixer, heads={"model.layers.1.self_attn": [0, 2]})
     with torch.no_grad():

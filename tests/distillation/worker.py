@@ -90,6 +90,14 @@ def make_trainer(folder, model=None, mixer=SMALL_MIXER, callbacks=(), **argument
     return HybridTrainer(model or tiny_model(), mixer, arguments, callbacks=list(callbacks), **data)
 
 
+def scaled(model):
+    """At their own scale, random attention scores are near zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(4.0 if parameter.ndim > 1 and "embed" not in name and "shared" not in name else 1.0)
+    return model
+
+
 def search_callback(**kwargs):
     return GreedyLayerSwapCallback("eval_loss", "50%", **kwargs)
 
@@ -154,7 +162,7 @@ def memory(folder):
 def pictures(folder):
     """Text alone, for a model of text and pictures: no process reaches the vision tower."""
     steps = PerStep()
-    trainer = make_trainer(folder / "pictures", tiny_llava(), "linear_attention", [steps], max_steps=3)
+    trainer = make_trainer(folder / "pictures", scaled(tiny_llava()), SMALL_MIXER, [steps], max_steps=3)
     trainer.train()
     return outcome(trainer, steps.losses)
 
@@ -163,7 +171,7 @@ def encoder_decoder(folder):
     """T5: its cross-attention has no mixers, its decoder is fed the labels."""
     sizes = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
     torch.manual_seed(0)
-    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**{**SIZES, **sizes})).eval()
+    model = scaled(transformers.T5ForConditionalGeneration(transformers.T5Config(**{**SIZES, **sizes})).eval())
     steps = PerStep()
     trainer = make_trainer(folder / "encoder_decoder", model, callbacks=[steps], max_steps=3)
     trainer.train()

@@ -275,9 +275,7 @@ def test_later_tokens_and_length_change_nothing(name):
             x[:, 70:] = 2.0
         assert_close("later tokens", mixer(*changed)[0][:, :70], whole[:, :70], TOLERANCE[name])
         for length in (1, 30, 64, 65, 129):
-            assert_close(
-                f"T={length}", mixer(*(x[:, :length] for x in tensors))[0], whole[:, :length], TOLERANCE[name]
-            )
+            assert_close(f"T={length}", mixer(*(x[:, :length] for x in tensors))[0], whole[:, :length], TOLERANCE[name])
 
 
 # a window counts positions, padding included: padding inside a sequence is well-defined there, but not the same as none

@@ -42,9 +42,7 @@ def decays(mixer, x):
     """Decay of one token, `[H_s]` or `[H_s, K]`."""
     name, states = mixer.config_class.name, mixer.num_states
     if name == "lightning":
-        return torch.tensor(
-            [math.exp(-(2.0 ** (-8.0 * h / states))) for h in range(1, states + 1)], dtype=torch.double
-        )
+        return torch.tensor([math.exp(-(2.0 ** (-8.0 * h / states))) for h in range(1, states + 1)], dtype=torch.double)
     if name == "gla":
         logits = low_rank(mixer.decay, x).view(states, K)
         return torch.exp(torch.clamp(-softplus(-logits) / 16, min=-2.0))

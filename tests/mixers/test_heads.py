@@ -62,9 +62,7 @@ def test_gradients_reach_the_rows_of_those_heads_only(name):
     mixer, x = make(name), inputs()
     if not list(mixer.parameters()):
         pytest.skip("no parameters")
-    whole = torch.autograd.grad(
-        mixer(*x)[0][:, :, 2:4].square().sum(), list(mixer.parameters()), allow_unused=True
-    )
+    whole = torch.autograd.grad(mixer(*x)[0][:, :, 2:4].square().sum(), list(mixer.parameters()), allow_unused=True)
     some = torch.autograd.grad(
         mixer(*of_heads(x, (1,)), heads=(1,))[0].square().sum(), list(mixer.parameters()), allow_unused=True
     )

@@ -146,9 +146,7 @@ def compare_window(name, continued):
 def main():
     errors = [compare(*case, length) for case in cases() for length in (1, 37)]
     # more than one block of fla's, more than one row
-    errors += [
-        compare(*case, 130, batch=2) for case in cases() if "relu" in case[0] or f"{KV_HEADS} states" in case[0]
-    ]
+    errors += [compare(*case, 130, batch=2) for case in cases() if "relu" in case[0] or f"{KV_HEADS} states" in case[0]]
     errors += [compare_window("hedgehog", False), compare_window("relu", True)]
     # the interpreter computes fp32 products exactly: what is left is the order of sums
     sys.exit(int(max(errors) > 1e-5))
