@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from hf_hybrid import convert_to_hybrid
+from hf_hybrid.conversion.layer import is_hybrid_attention
 
 
 BAR = 1.02
@@ -43,8 +44,8 @@ def main() -> int:
     host = transformers.LlamaForCausalLM(config).eval()
     inside = convert_to_hybrid(copy.deepcopy(host), "linear_attention")
     for module in inside.modules():
-        if hasattr(module, "hybrid_swapped"):
-            module.hybrid_swapped = False
+        if is_hybrid_attention(module):
+            module.linear_heads = ()
     ids = torch.randint(5, 1000, (1, options.tokens))
     times: dict[str, list[float]] = {"host": [], "inside": []}
     with torch.no_grad():

@@ -7,6 +7,7 @@ on a hybrid checkpoint as on any other.
 import copy
 import functools
 import inspect
+import json
 import os
 import sys
 from typing import Any, Protocol
@@ -42,7 +43,7 @@ from .conversion.masks.left_padding import with_positions
 from .conversion.offload import load_offloaded_mixer_whole
 from .conversion.position_bias import note_bias_readers_
 from .conversion.published import published_sites, published_state
-from .errors import CheckpointError, HybridError, UnsupportedModelError
+from .errors import CheckpointError, HybridError, OutputFolderError, UnsupportedModelError
 from .hub.auto_classes import AUTO_CLASSES, PREPROCESSOR_MAPPINGS, SHIM_FILE, auto_map, write_shim
 from .hub.card import CARD_FILE, is_own_card, write_model_card
 from .hub.folder import replace_checkpoint
@@ -236,6 +237,7 @@ class HybridModelMixin:
             self, "_hf_peft_config_loaded", False
         ):  # an adapter's save: neither the model's config nor its weights are written
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        self._refuse_folder_of_adapter(save_directory)
         self.refresh_hybrid_config()
         bound = inspect.signature(PreTrainedModel.save_pretrained).bind(self, save_directory, *args, **kwargs)
         state = published_state(self, bound.arguments.get("state_dict"))
@@ -262,6 +264,18 @@ class HybridModelMixin:
                 write_model_card(self, folder)
 
         return replace_checkpoint(save_directory, write)
+
+    @staticmethod
+    def _refuse_folder_of_adapter(folder) -> None:
+        try:
+            with open(os.path.join(folder, "adapter_config.json"), encoding="utf-8") as file:
+                kind = json.load(file).get("peft_type")
+        except (OSError, ValueError, AttributeError):
+            return
+        if kind == "HYBRID":
+            raise OutputFolderError(
+                f"{folder!r} holds an adapter of mixers, which from_pretrained would load on top of the hybrid. Choose another folder."
+            )
 
     @staticmethod
     def _named(values: tuple) -> dict:

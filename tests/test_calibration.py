@@ -10,9 +10,9 @@ import torch
 from hf_hybrid import HybridTrainer, LinearAttentionConfig, calibrate_mixers, convert_to_hybrid
 from hf_hybrid.conversion.layer import is_hybrid_attention
 from hf_hybrid.distillation.calibration import NUM_SINKS, Call, look_back_histogram, median_distance
-from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import HybridConfigError
 from hf_hybrid.mixers import INITIALIZATIONS, GatedDeltaNetConfig, GLAConfig, LightningConfig, build_mixer
+from hf_hybrid.surgery import prepare_distillation_
 
 from conftest import token_dataset
 from helpers import assert_close, toy_arguments
@@ -248,7 +248,7 @@ def test_each_starting_value_can_be_left_out():
 def test_the_trainer_calibrates_fresh_students_and_only_those(tmp_path):
     def decays(trainer):
         return torch.stack(
-            [site.student.hybrid.gates.decay_bias.detach().clone() for site in trainer.distill_sites.values()]
+            [site.hybrid.gates.decay_bias.detach().clone() for site in trainer.distill_sites.values()]
         )
 
     def new_trainer(folder, **arguments):
@@ -287,7 +287,7 @@ def test_the_trainer_calibrates_on_datasets_of_any_kind(tmp_path):
         tiny_model(), "gla", toy_arguments(tmp_path / "a", max_steps=1, learning_rate=0.0), train_dataset=Rows()
     )
     trainer.train()
-    weights = [site.student.hybrid.output_stage.weight for site in trainer.distill_sites.values()]
+    weights = [site.hybrid.output_stage.weight for site in trainer.distill_sites.values()]
     assert not any((weight == 1.0).any() for weight in weights)
     scales = []
     for run, seed in enumerate((1, 1, 2)):
@@ -296,7 +296,7 @@ def test_the_trainer_calibrates_on_datasets_of_any_kind(tmp_path):
             train_dataset=token_dataset(64),
         )  # fmt: skip
         trainer.train()
-        scales.append(next(iter(trainer.distill_sites.values())).student.hybrid.output_stage.weight.clone())
+        scales.append(next(iter(trainer.distill_sites.values())).hybrid.output_stage.weight.clone())
     assert torch.equal(scales[0], scales[1])
     assert not torch.equal(scales[0], scales[2])
 

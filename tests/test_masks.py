@@ -8,8 +8,8 @@ from backbones.toy_models import toy_model
 from torch.nn.attention.flex_attention import create_block_mask
 
 from hf_hybrid import convert_to_hybrid
-from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import UnsupportedModelError
+from hf_hybrid.surgery import prepare_distillation_
 
 from helpers import SMALL_MIXER, assert_close
 from tiny_models import perturb_mixers, tiny_llava, tiny_model
@@ -86,7 +86,7 @@ def test_a_4d_mask_with_numbers_is_refused_and_one_of_softmax_layers_is_not():
         hybrid()(tokens(), attention_mask=mask)
     model = hybrid()
     for layer in model.model.layers:
-        layer.self_attn.hybrid_swapped = False
+        layer.self_attn.linear_heads = ()
     assert model(tokens(), attention_mask=mask).logits.isfinite().all()
 
 

@@ -5,9 +5,10 @@ import torch
 import transformers
 
 from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
-from hf_hybrid.surgery import discard_students_, prepare_distillation_
-from hf_hybrid.errors import AlreadyHybridError, UnsupportedModelError
+from hf_hybrid.conversion.layer import hybrid_layers
 from hf_hybrid.conversion.ports import PORTS, find_port
+from hf_hybrid.errors import AlreadyHybridError, UnsupportedModelError
+from hf_hybrid.surgery import discard_students_, prepare_distillation_, set_linear_heads_
 
 from helpers import assert_close
 
@@ -58,6 +59,7 @@ class Softmax(torch.nn.Module):
         self.causal, self.config_class = mixer.causal, type(mixer).config_class
         self.head_dim, self.num_heads = mixer.head_dim, mixer.num_heads
         self.num_key_value_heads = mixer.num_key_value_heads
+        self.groups, self.config = mixer.groups, mixer.config
 
     def forward(self, query, key, value, hidden_states, *, valid=None, **kwargs):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -74,7 +76,7 @@ def test_a_port_with_a_softmax_inside_is_the_family(name):
     with torch.no_grad():
         expected = model(ids).logits
         convert_to_hybrid(model, "linear_attention")
-        for layer in [module for module in model.modules() if hasattr(module, "hybrid_swapped")]:
+        for layer in hybrid_layers(model).values():
             layer.hybrid = Softmax(layer.hybrid)
         assert_close(name, model(ids, use_cache=False).logits, expected, 1e-5)
 
@@ -104,7 +106,7 @@ def test_without_its_position_bias_a_family_is_its_port_with_a_softmax_inside(na
         expected = model(ids).logits
         with pytest.warns(UserWarning, match="layers lose the"):
             convert_to_hybrid(model, "linear_attention")
-        for layer in [module for module in model.modules() if hasattr(module, "hybrid_swapped")]:
+        for layer in hybrid_layers(model).values():
             layer.hybrid = Softmax(layer.hybrid)
         kwargs = {} if name.startswith(("deberta", "mpnet")) else {"use_cache": False}
         assert_close(name, model(ids, **kwargs).logits, expected, 1e-5)
@@ -122,9 +124,7 @@ def test_layers_that_keep_their_softmax_are_bit_equal(name):
         expected = model(ids).logits
         convert_to_hybrid(model, "linear_attention")
         assert not torch.equal(model(ids).logits, expected)
-        for module in model.modules():
-            if hasattr(module, "hybrid_swapped"):
-                module.hybrid_swapped = False
+        set_linear_heads_(model, {})
         assert torch.equal(model(ids).logits, expected)
         restore_full_attention(model)
         assert torch.equal(model(ids).logits, expected)
@@ -152,8 +152,8 @@ def test_ports_are_distilled_with_any_projections(name, projections):
     output = model(input_ids=torch.arange(22).view(2, 11) % 90 + 5)
     assert (output["block_losses"] > 0).all()
     output["loss"].backward()
-    for site in model.distill_sites.values():
-        assert all(parameter.grad is not None for parameter in site.student.hybrid.parameters())
+    for layer in hybrid_layers(model).values():
+        assert all(parameter.grad is not None for parameter in layer.hybrid.parameters())
     discard_students_(model)
 
 

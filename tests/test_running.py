@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, T
 
 from hf_hybrid import convert_to_hybrid, find_attention_sites, restore_full_attention
 from hf_hybrid.conversion.cache import HybridLinearLayer
-from hf_hybrid.surgery import prepare_distillation_
 from hf_hybrid.errors import HybridConfigError, UnsupportedModelError
 from hf_hybrid.mixers.base import LinearMixer
+from hf_hybrid.surgery import prepare_distillation_
 
 from helpers import SMALL_MIXER, assert_close
 from mixer_settings import MIXERS
@@ -311,7 +311,7 @@ def test_attention_called_twice_in_a_forward_is_refused():
     original = attention.o_proj.forward
 
     def again(x):  # what a host does that attends twice, as differential attention
-        from hf_hybrid.conversion.layer import hybrid_attention_forward
+        from hf_hybrid.conversion.interception import hybrid_attention_forward
 
         query = torch.randn(2, 4, 9, 8)
         hybrid_attention_forward(attention, query, query[:, :2], query[:, :2], None)
@@ -323,17 +323,12 @@ def test_attention_called_twice_in_a_forward_is_refused():
 
 
 def test_keys_of_another_sequence_are_refused():
-    from hf_hybrid.conversion.layer import hybrid_attention_forward
+    from hf_hybrid.conversion.interception import hybrid_attention_forward
+    from hf_hybrid.conversion.layer import LayerCall
 
     model = hybrid()
     attention = model.model.layers[0].self_attn
-    attention._hybrid_context = {
-        "hidden_states": torch.randn(1, 3, 32),
-        "layer": None,
-        "offset": None,
-        "calls": 0,
-        "position_ids": None,
-    }
+    attention._hybrid_call = LayerCall(torch.randn(1, 3, 32), None, (0, 1))
     key = torch.randn(1, 2, 5, 8)
     with pytest.raises(UnsupportedModelError, match="got 3 queries and 5 keys"):
         hybrid_attention_forward(attention, torch.randn(1, 4, 3, 8), key, key, None)
@@ -427,7 +422,7 @@ def test_a_position_bias_that_nobody_reads_is_not_computed(tmp_path):
         assert bytes_of_bias() < 100
         assert torch.equal(again.get_encoder()(ids).last_hidden_state, expected)
         # as soon as somebody reads it again, it is there
-        again.encoder.block[2].layer[0].SelfAttention.hybrid_swapped = False
+        again.encoder.block[2].layer[0].SelfAttention.linear_heads = ()
         assert bytes_of_bias() == 4 * 64 * 64 * 4
         assert not torch.equal(again.get_encoder()(ids).last_hidden_state, expected)
         owner = model.encoder.block[0].layer[0].SelfAttention

@@ -436,7 +436,7 @@ def test_swaps_are_confirmed_on_other_data(tmp_path):
     trainer = toy_trainer(tmp_path, callbacks=[callback])
     trainer.train()
     report = trainer.swap_report
-    assert len(report.most_linear) == 3 and report.confirmed == report.most_linear and len(report.confirmations) == 2
+    assert len(report.most_linear) == 3 and report.confirmed == report.most_linear and len(report.confirmations) == 3
     assert len(trainer.swapped_layers()) == 3
 
 
@@ -480,7 +480,6 @@ def test_bank_survives_the_disk_and_checks_its_base(tmp_path):
     for key, message in {
         "base_fingerprint": "lacks entries",
         "sites": "is not of a HYBRID adapter that was trained",
-        "peft_type": "is no readable adapter of mixers",
     }.items():
         config.write_text(json.dumps({k: v for k, v in description.items() if k != key}))
         with pytest.raises(CheckpointError, match=message):

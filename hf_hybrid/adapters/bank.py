@@ -23,6 +23,8 @@ from .fingerprint import TOLERANCE, base_fingerprint
 
 
 PREFIX = "base_model.model."
+# Where a trainer keeps the bank inside its output folder: beside a model, transformers would load it on top of that model.
+BANK_FOLDER = "mixer_bank"
 
 
 def student_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -171,8 +173,11 @@ def load_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike, **hub_kwa
         CheckpointError: If the bank is incomplete, edited, or belongs to another base model.
     """
     if not os.path.isdir(folder):
-        wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *first_format.FILES]
+        wanted = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, *first_format.FILES, f"{BANK_FOLDER}/*"]
         folder = snapshot_download(str(folder), allow_patterns=wanted, **hub_kwargs)
+    inside = os.path.join(folder, BANK_FOLDER)
+    if not os.path.exists(os.path.join(folder, CONFIG_NAME)) and os.path.isdir(inside):
+        folder = inside  # the output folder of a trainer
     if first_format.is_bank(folder):
         config, tensors = first_format.read_bank(folder, model)
     else:
@@ -222,6 +227,7 @@ def load_student_state(model: torch.nn.Module, tensors: Mapping[str, torch.Tenso
 
 
 __all__ = [
+    "BANK_FOLDER",
     "adapter_config",
     "check_base",
     "load_mixer_bank",

@@ -52,11 +52,11 @@ def run(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments)
 
 def _use_bank(model: PreTrainedModel, folder: str, layers: list[int | str] | None, heads: dict | None) -> None:
     """Make `model` a hybrid of the bank's students at these layers and heads: all that the bank has, by default."""
-    selected = None
+    wanted = None
     if layers is not None or heads is not None:
         selected = select_heads(layers, heads, find_attention_sites(model), describe(model))
+        # without --heads, all heads that the bank has of a layer
+        wanted = {name: None if heads is None else some for name, (_, some) in selected.items()}
     load_mixer_bank(model, folder)
-    if selected is None:
-        selected = dict.fromkeys(hybrid_layers(model))
-    set_linear_heads_(model, {name: None if heads is None else selected[name][1] for name in selected})
+    set_linear_heads_(model, dict.fromkeys(hybrid_layers(model)) if wanted is None else wanted)
     finalize_(model)

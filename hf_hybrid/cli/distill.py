@@ -21,7 +21,7 @@ def run(args: HybridTrainingArguments, model: ModelArguments, mixer: MixerArgume
     )
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
-    trainer.save_mixer_bank()
+    trainer.save_mixer_bank(args.output_dir)
     losses, end = trainer.last_block_losses, "."
     if losses:  # none, if the run ended before its first logging step
         worst = max(losses, key=losses.get)

@@ -85,8 +85,9 @@ class PlacedModelArguments(ModelArguments):
             HybridConfigError: If this machine has no such device.
         """
         known = ["cpu"]
-        if torch.accelerator.is_available():
-            kind = torch.accelerator.current_accelerator().type
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is not None:
+            kind = accelerator.type
             known = [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())), "cpu"]
         if self.device is None:
             return known[0]

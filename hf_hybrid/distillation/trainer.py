@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from ..adapters.bank import (
+    BANK_FOLDER,
     adapter_config,
     check_base,
     load_mixer_bank,
@@ -39,6 +41,7 @@ from ..mixers import MixerConfig
 from ..modeling_hybrid import HybridModelMixin
 from ..objectives.local import LocalDistillation, start_distillation_
 from ..search.greedy import TRACE_FILE, SwapReport
+from ..search.ranks import from_rank_zero
 from ..surgery import (
     discard_students_,
     finalize_,
@@ -206,18 +209,10 @@ class HybridTrainer(Trainer):
                 f"HybridTrainer.train: {name} has nothing to train with projections={self.args.projections!r}. Search right away with "
                 "GreedyLayerSwapCallback(…).search(trainer), or train its projections."
             )
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                if self._distilled_already():
-                    return self._go_on_with_the_search()
-                if os.path.exists(os.path.join(self.args.output_dir, "config.json")):
-                    self.check_output_folder()  # a model, but no run to go on with
-                logger.warning(
-                    f"{self.args.output_dir} holds no complete checkpoint to resume from: starting at step 0."
-                )
-        elif not resume_from_checkpoint:
-            self.check_output_folder()
+        # one process looks, all do the same
+        resume_from_checkpoint, only_search = from_rank_zero(lambda: self._where_to_start(resume_from_checkpoint))
+        if only_search:
+            return self._go_on_with_the_search()
         if not resume_from_checkpoint and self._starting_students:
             self._calibrate()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -225,23 +220,56 @@ class HybridTrainer(Trainer):
         self.unwrapped.eval()  # its forward is the task's again
         return result
 
+    def _where_to_start(self, resume_from_checkpoint: str | bool | None) -> tuple[str | None, bool]:
+        """The checkpoint to go on from, if any, and whether the search alone is left to do."""
+        if resume_from_checkpoint is not True:
+            if not resume_from_checkpoint:
+                self.check_output_folder()
+            return resume_from_checkpoint or None, False
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if checkpoint is None and self._distilled_already():
+            return None, True
+        if checkpoint is None:
+            if os.path.exists(os.path.join(self.args.output_dir, "config.json")):
+                self.check_output_folder()  # a model, but no run to go on with
+            logger.warning(f"{self.args.output_dir} holds no complete checkpoint to resume from: starting at step 0.")
+        return checkpoint, False
+
     def _distilled_already(self) -> bool:
         """Whether the output folder holds the finished mixers of a run that kept no checkpoints."""
         try:
-            state = TrainerState.load_from_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+            state = TrainerState.load_from_json(os.path.join(self._bank_folder, TRAINER_STATE_NAME))
         except (OSError, ValueError, TypeError):
             return False
         finished = 0 < state.max_steps <= state.global_step
-        return finished and os.path.exists(os.path.join(self.args.output_dir, ADAPTER_CONFIG))
+        return finished and os.path.exists(os.path.join(self._bank_folder, ADAPTER_CONFIG))
 
     def _go_on_with_the_search(self) -> TrainOutput:
         logger.info(f"{self.args.output_dir} holds the finished mixers of this run: going on with the search.")
-        self._load_students(self.args.output_dir)
-        self.state = TrainerState.load_from_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+        self._shard()
+        self._load_students(self._bank_folder)
+        self.state = TrainerState.load_from_json(os.path.join(self._bank_folder, TRAINER_STATE_NAME))
         self.state.init_training_references(self, self.state.max_steps, self.state.num_train_epochs, None)
         self.unwrapped.eval()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def _run_epoch(self, *args, **kwargs):
+        """As the Trainer's, but for a training that has taken its last step: resumed within an epoch, it would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _shard(self):
+        """Shard the model, if it is to be and is not yet: accelerate does so together with an optimizer, and the Trainer when it trains."""
+        if self.is_fsdp_enabled and not self.accelerator._models:
+            self._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the Trainer's; also before a training that shards."""
+        self._shard()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _warn_of_unreached_sites(self):
         names = list(hybrid_layers(self.unwrapped))
@@ -255,12 +283,15 @@ class HybridTrainer(Trainer):
             )
 
     def _calibrate(self):
-        """Starting values of the mixers from a few training rows, the same on every process: drawn by `seed`, or the first of an iterable dataset."""
+        """
+        Starting values of the mixers from a few training rows, drawn by `seed`, or the first of an iterable dataset. The same on every process, and
+        on any number of them that share the rows of a step.
+        """
         wanted = {name: name in self.args.initializations for name in ("half_lives", "output_scale")}
         if not any(wanted.values()):
             return
         size, data = self.args.per_device_train_batch_size, self.train_dataset
-        count = size * self.args.calibration_batches
+        count = size * self.args.world_size * self.args.calibration_batches
         if hasattr(data, "__len__"):
             generator = torch.Generator().manual_seed(self.args.seed)
             examples = [data[index] for index in torch.randperm(len(data), generator=generator)[:count].tolist()]
@@ -279,6 +310,10 @@ class HybridTrainer(Trainer):
     def _in_distillation(self) -> bool:
         return getattr(self.unwrapped, "training_objective", None) is not None
 
+    @property
+    def _bank_folder(self) -> str:
+        return os.path.join(self.args.output_dir, BANK_FOLDER)
+
     def _check_students_are_there(self):
         if not self._in_distillation():
             raise HybridConfigError(
@@ -292,7 +327,7 @@ class HybridTrainer(Trainer):
         ours = [
             name
             for name in sorted(names)
-            if name in (TRACE_FILE, FIRST_BANK, ADAPTER_CONFIG, "config.json")
+            if name in (TRACE_FILE, FIRST_BANK, BANK_FOLDER, ADAPTER_CONFIG, "config.json")
             or name.startswith(PREFIX_CHECKPOINT_DIR + "-")
         ]
         if ours:
@@ -421,8 +456,11 @@ class HybridTrainer(Trainer):
     # --------------------------------------------------------------------------------------------------------- saving
 
     def save_mixer_bank(self, output_dir: str | None = None) -> None:
-        """Write all mixers, without the backbone, as an adapter: see [`save_mixer_bank`]. Call it on every process."""
-        folder = output_dir or self.args.output_dir
+        """
+        Write all mixers, without the backbone, as an adapter: see [`save_mixer_bank`]. Into `mixer_bank/` of the output folder by default, since beside a
+        model transformers would load it on top. Call it on every process.
+        """
+        folder = output_dir or self._bank_folder
         tensors = student_state(self.unwrapped)  # gathered from all ranks where it is sharded
         if self.args.should_save:
             write_adapter(folder, adapter_config(self.unwrapped), tensors)
@@ -459,6 +497,21 @@ class HybridTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving_checkpoint = False
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """As the Trainer's, but not the shards of a teacher that never changes."""
+        if not (self.is_fsdp_enabled and self._in_distillation()):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # the state, which is written next, says that a checkpoint is complete: on all processes
+        self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
@@ -607,7 +660,9 @@ def _load_teacher(name: str, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(
         name, **{k: v for k, v in init_kwargs.items() if k in ("revision", "token", "cache_dir", "subfolder")}
     )
-    architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)):  # a name comes from a file
+        architecture = AutoModelForCausalLM
     return architecture.from_pretrained(name, **init_kwargs)
 
 

@@ -60,7 +60,8 @@ def compare_times(
         `dict[str, Timing]`: By name.
     """
     if devices is None:
-        devices = [torch.accelerator.current_accelerator()] if torch.accelerator.is_available() else []
+        current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        devices = [] if current is None else [current]
 
     def now() -> float:
         for device in devices:

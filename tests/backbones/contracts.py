@@ -16,12 +16,12 @@ from transformers import AutoConfig, DynamicCache
 from transformers.models.auto import modeling_auto
 
 from hf_hybrid import convert_to_hybrid, restore_full_attention
-from hf_hybrid.conversion.layer import is_hybrid_attention
-from hf_hybrid.surgery import discard_students_, prepare_distillation_
-from hf_hybrid.errors import UnsupportedModelError
+from hf_hybrid.conversion.layer import hybrid_layers, is_hybrid_attention
 from hf_hybrid.conversion.masks.padding import PICTURE_BLOCKS
-from hf_hybrid.modeling_hybrid import AUTO_CLASSES
 from hf_hybrid.conversion.probe import ProbedModel, probe_attention
+from hf_hybrid.errors import UnsupportedModelError
+from hf_hybrid.modeling_hybrid import AUTO_CLASSES
+from hf_hybrid.surgery import discard_students_, prepare_distillation_
 
 from .pictures import picture_inputs
 from .toy_configs import IMAGE_TOKEN, toy_config
@@ -99,12 +99,12 @@ class Backbone:
         """Every converted layer runs the host's softmax inside our interception."""
         layers = [module for module in self.model.modules() if is_hybrid_attention(module)]
         for layer in layers:
-            layer.hybrid_swapped = False
+            layer.linear_heads = ()
         try:
             yield
         finally:
             for layer in layers:
-                layer.hybrid_swapped = True
+                layer.linear_heads = layer.hybrid.heads
 
 
 def first_output(outputs) -> torch.Tensor:
@@ -300,10 +300,11 @@ def distillation(backbone: Backbone) -> None:
             assert output["block_losses"].isfinite().all(), "a local loss is not finite"
             output["loss"].backward()
         # (a decoder that begins with zeros has a first attention whose output is zero, and so is its loss)
-        reached = [site for site in model.distill_sites.values() if site.was_reached]
+        layers = hybrid_layers(model)
+        reached = [layers[name] for name in layers if name in model.training_objective.reached]
         assert reached, "the batch reached no site"
-        for site in reached:
-            for name, parameter in site.student.hybrid.named_parameters():
+        for layer in reached:
+            for name, parameter in layer.hybrid.named_parameters():
                 assert parameter.grad is not None and parameter.grad.isfinite().all(), f"no gradient for {name}"
         frozen = [
             name

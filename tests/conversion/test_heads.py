@@ -30,8 +30,8 @@ def converted(family, which, mixer=SMALL_MIXER):
     model = tiny_model(family)
     heads = head_sets(model)[which]
     names = [site.name for site in find_attention_sites(model)]
-    convert_to_hybrid(model, mixer, heads={name: heads for name in names})
-    return perturb_mixers(model), {name: heads for name in names}
+    convert_to_hybrid(model, mixer, heads=dict.fromkeys(names, heads))
+    return perturb_mixers(model), dict.fromkeys(names, heads)
 
 
 class Naive:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from hf_hybrid import GreedyLayerSwapCallback, HybridTrainer, LinearAttentionConfig  # noqa: E402
@@ -71,7 +72,7 @@ def die_after_trials(trainer, count: int):
     trainer.evaluate_silently = counting
 
 
-def make_trainer(folder, model=None, mixer=SMALL_MIXER, callbacks=(), **arguments) -> HybridTrainer:
+def make_trainer(folder, model=None, mixer=SMALL_MIXER, callbacks=(), mixer_bank=None, **arguments) -> HybridTrainer:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = toy_arguments(
         folder,
@@ -80,6 +81,7 @@ def make_trainer(folder, model=None, mixer=SMALL_MIXER, callbacks=(), **argument
             "per_device_train_batch_size": ROWS // processes,
             "per_device_eval_batch_size": ROWS // processes,
             "dataloader_pin_memory": False,
+            "lr_scheduler_type": "constant_with_warmup",  # a step too many would show
             **arguments,
         },
     )
@@ -87,7 +89,8 @@ def make_trainer(folder, model=None, mixer=SMALL_MIXER, callbacks=(), **argument
         # accelerate shards for accelerators only, though `fully_shard` does not mind: here it takes the two processors for such
         PartialState().distributed_type = DistributedType.MULTI_GPU
     data = {"train_dataset": token_dataset(32), "eval_dataset": token_dataset(8, seed=2)}
-    return HybridTrainer(model or tiny_model(), mixer, arguments, callbacks=list(callbacks), **data)
+    model = model or tiny_model()
+    return HybridTrainer(model, mixer, arguments, callbacks=list(callbacks), mixer_bank=mixer_bank, **data)
 
 
 def scaled(model):
@@ -103,14 +106,15 @@ def search_callback(**kwargs):
 
 
 def outcome(trainer, losses=()) -> dict:
-    state = {name: value.double().sum().item() for name, value in student_state(trainer.unwrapped).items()}
+    state = {name: value.double().flatten().tolist() for name, value in student_state(trainer.unwrapped).items()}
     report = trainer.swap_report
     return {
         "losses": list(losses),
         "trials": [[trial.swapped, trial.metrics["eval_loss"]] for trial in report.trials] if report else [],
         "swapped": trainer.swapped_layers(),
         "parameters": state,
-        "is_sharded": any(hasattr(parameter, "full_tensor") for parameter in trainer.unwrapped.parameters()),
+        "sharded": sorted({type(part).__name__ for part in trainer.unwrapped.modules() if isinstance(part, FSDPModule)}),
+        "steps": trainer.state.global_step,
         "world": trainer.args.world_size,
     }
 
@@ -149,6 +153,26 @@ def accumulated(folder):
     trainer = make_trainer(folder / "accumulated", callbacks=[steps], max_steps=3, save_strategy="no", **half)
     trainer.train()
     return outcome(trainer, steps.losses)
+
+
+def from_bank(folder):
+    """A search without a training, with the mixers of `whole`."""
+    steps = PerStep()
+    trainer = make_trainer(folder / "from_bank", mixer=None, callbacks=[steps], mixer_bank=str(folder / "whole"), max_steps=2)
+    search_callback().search(trainer)
+    found = outcome(trainer)
+    trainer.swap_layers([])
+    trainer.args.output_dir = str(folder / "from_bank_trained")
+    trainer.train()  # what was sharded for the search trains
+    return {**found, "losses": steps.losses}
+
+
+def without_checkpoints(folder):
+    """Killed in the search, with nothing but the bank to go on from."""
+    for again in (False, True):
+        trainer = make_trainer(folder / "without_checkpoints", callbacks=[search_callback()], save_strategy="no")
+        trainer.train(resume_from_checkpoint=again)
+    return outcome(trainer)
 
 
 def memory(folder):
@@ -206,7 +230,7 @@ def resumed_distillation(folder):
 
 
 RUNS = [
-    whole, recomputed, learned, accumulated, memory, pictures, encoder_decoder,
+    whole, recomputed, learned, accumulated, from_bank, without_checkpoints, memory, pictures, encoder_decoder,
     killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
 ]  # fmt: skip
 
