@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import (
+    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
     DynamicLayer,
@@ -436,6 +437,11 @@ def linear_cache_layer(
                 f"The cache was filled while other heads of layer {layer_idx} were linear. Start from an empty cache after the switch was set."
             )
         return current
+    if isinstance(current, BaseQuantizedLayer):
+        raise UnsupportedModelError(
+            f"Quantized caches ({type(current).__name__}) keep softmax keys in a form of their own, which a linear layer does not have. Leave "
+            "cache_implementation='quantized' out: linear layers need no cache that grows."
+        )
     if not is_plain_cache_layer(current):
         raise UnsupportedModelError(
             f"Layer {layer_idx} keeps more than keys and values in the cache ({type(current).__name__}), which a linear-attention layer cannot serve. "

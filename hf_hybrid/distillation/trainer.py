@@ -11,6 +11,7 @@ from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
@@ -475,6 +476,10 @@ class HybridTrainer(Trainer):
                 raise HybridConfigError(
                     "HybridTrainer.finalize: the mixers belong to an adapter. Call merge_and_unload() of the PeftModel, or save_model()."
                 )
+            if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+                raise HybridConfigError(
+                    "HybridTrainer.finalize: the weights are sharded. Call save_model(folder) on every process, and load the folder with from_pretrained."
+                )
             finalize_(model)
             self._restore_use_cache(model)
             model.eval()
@@ -604,10 +609,33 @@ def _check_arguments(mixer, args) -> None:
             f"HybridTrainer: one process cannot train on {args.n_gpu} GPUs (DataParallel copies the model without its students). Start it with "
             "`accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
         )
-    if args.projections != "shared" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+    _check_sharding(args)
+
+
+def _check_sharding(args) -> None:
+    settings = args.fsdp_plugin_args
+
+    def is_set(name: str) -> bool:
+        if settings is not None:
+            return bool(settings.get(name, False))
+        return os.environ.get("FSDP_" + name.upper(), "false").lower() in ("1", "true")
+
+    if settings is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() not in ("1", "true"):
+        return
+    if args.projections != "shared":
         raise HybridConfigError(
             f"HybridTrainer: projections={args.projections!r} cannot be sharded by FSDP, whose units would have to be gathered twice per layer. Use "
             "projections='shared', or DistributedDataParallel."
+        )
+    if is_set("activation_checkpointing"):
+        raise HybridConfigError(
+            "HybridTrainer: FSDP's activation_checkpointing must be False; it recomputes whole decoder layers, which no gradient reaches. Pass "
+            "activation_checkpointing=True to HybridTrainingArguments, which recomputes the mixers."
+        )
+    if is_set("cpu_ram_efficient_loading"):
+        raise HybridConfigError(
+            "HybridTrainer: FSDP's cpu_ram_efficient_loading must be False; mixers start from the weights they stand beside, which only the first process would "
+            "hold. Set it in the configuration of accelerate, or in fsdp_config."
         )
 
 

@@ -215,10 +215,27 @@ class LinearMixer(nn.Module, ABC):
                 valid = None  # the ops have a shorter way; on other devices looking would cost more than it saves
             if segments is not None:
                 return self._mix_packed(query, key, value, hidden_states, valid, segments, state, output_final_state)
+            if valid is not None and state is None and output_final_state and query.shape[1] > 1:
+                return self._mix_beginning(query, key, value, hidden_states, valid)
             output, final_state = self.mix(
                 query, key, value, hidden_states, valid=valid, state=state, inplace_final_state=inplace_final_state
             )
         return output, (final_state if output_final_state else None)
+
+    def _mix_beginning(self, query, key, value, hidden_states, valid):
+        """
+        The first tokens of sequences that go on: padding after them is moved in front, where it takes no place in windows and convolutions, and the
+        outputs are moved back.
+        """
+        length = valid.shape[1]
+        place = torch.arange(length, device=valid.device)
+        behind = length - ((place + 1) * valid).amax(1, keepdim=True)  # padding after the last token, [B, 1]
+        if valid.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(behind.any()):
+            return self.mix(query, key, value, hidden_states, valid=valid, state=None, inplace_final_state=False)
+        there, back = (place - behind) % length, (place + behind) % length
+        moved = [None if x is None else _rows_at(x, there) for x in (query, key, value, hidden_states, valid)]
+        output, state = self.mix(*moved[:4], valid=moved[4], state=None, inplace_final_state=False)
+        return _rows_at(output, back), state
 
     def _over(self, heads: tuple[int, ...]) -> tuple["LinearMixer", dict[str, torch.Tensor]]:
         """A mixer over some of its heads, without weights, and its weights: the parts of these parameters that belong to those heads."""
@@ -335,6 +352,11 @@ class LinearMixer(nn.Module, ABC):
         with torch.no_grad():
             _, state = self(query, key, value, hidden, output_final_state=True)
         return sum(x.numel() * x.element_size() for x in state)
+
+
+def _rows_at(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """`x[b, place[b, t]]`, `[B, T, ...]`."""
+    return x.gather(1, place.view(*place.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 _MIXERS: dict[str, type[LinearMixer]] = {}

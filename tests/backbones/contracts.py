@@ -60,8 +60,8 @@ class Row:
 class Backbone:
     """A toy model with its inputs, and what was measured on it before anything was touched."""
 
-    def __init__(self, task: str, model_type: str):
-        self.task, self.model_type = task, model_type
+    def __init__(self, task: str, model_type: str, every_other_head: bool = False):
+        self.task, self.model_type, self.every_other_head = task, model_type, every_other_head
         self.model = toy_model(task, model_type)
         self._inputs = toy_inputs(self.model, model_type)
         # our own guesses where they do: what a user gets who passes no example_inputs
@@ -469,8 +469,8 @@ CONVERTED = {
 CONTRACTS = {**DISTILLATION, **CONVERTED}
 
 
-def check(task: str, model_type: str) -> Row:
-    """Every contract on one pair."""
+def check(task: str, model_type: str, every_other_head: bool = False) -> Row:
+    """Every contract on one pair, with all attention linear or with every other key-value head of every layer."""
     row = Row(task, model_type)
     try:
         with harness_errors():
@@ -484,7 +484,7 @@ def check(task: str, model_type: str) -> Row:
             except UnsupportedModelError as error:
                 row.word, row.why = "refused", str(error)
                 return row
-        backbone = Backbone(task, model_type)
+        backbone = Backbone(task, model_type, every_other_head)
     except ToyConfigError as error:
         row.word, row.why = "harness", str(error)
         return row
@@ -503,10 +503,10 @@ def check(task: str, model_type: str) -> Row:
             row.word = "refused"
             row.why = f"{reason.rstrip('.')}. Only {probed.sites[0].name} and its like can be converted."
             return row
-        for name, contract in DISTILLATION.items():
+        for name, contract in () if every_other_head else DISTILLATION.items():
             row.contracts[name] = _verdict(contract, backbone)
         try:
-            convert(backbone)
+            convert(backbone, probed)
         except UnsupportedModelError as error:
             row.word, row.why = "refused", str(error)
             return row
@@ -534,9 +534,10 @@ def reached(backbone: Backbone, name: str) -> bool:
     return bool(ran)
 
 
-def convert(backbone: Backbone) -> None:
-    """All attention linear, and mixers moved from their start, so that equal-looking initial values hide nothing."""
-    convert_to_hybrid(backbone.model, "linear_attention", example_inputs=backbone.example_inputs)
+def convert(backbone: Backbone, probed: ProbedModel) -> None:
+    """All attention linear, or every other head of it, and mixers moved from their start, so that equal-looking initial values hide nothing."""
+    heads = {site.name: list(site.key_value_heads)[::2] for site in probed.sites} if backbone.every_other_head else None
+    convert_to_hybrid(backbone.model, "linear_attention", heads=heads, example_inputs=backbone.example_inputs)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in backbone.model.named_parameters():

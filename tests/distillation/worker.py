@@ -14,10 +14,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
+from peft import get_peft_model  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from hf_hybrid import GreedyLayerSwapCallback, HybridTrainer, LinearAttentionConfig  # noqa: E402
+from hf_hybrid import (  # noqa: E402
+    GreedyLayerSwapCallback,
+    HybridPeftConfig,
+    HybridTrainer,
+    LinearAttentionConfig,
+)
 from hf_hybrid.adapters.bank import student_state  # noqa: E402
 from hf_hybrid.search.ranks import gathered, rank  # noqa: E402
 
@@ -113,7 +119,9 @@ def outcome(trainer, losses=()) -> dict:
         "trials": [[trial.swapped, trial.metrics["eval_loss"]] for trial in report.trials] if report else [],
         "swapped": trainer.swapped_layers(),
         "parameters": state,
-        "sharded": sorted({type(part).__name__ for part in trainer.unwrapped.modules() if isinstance(part, FSDPModule)}),
+        "sharded": sorted(
+            {type(part).__name__ for part in trainer.unwrapped.modules() if isinstance(part, FSDPModule)}
+        ),
         "steps": trainer.state.global_step,
         "world": trainer.args.world_size,
     }
@@ -128,6 +136,7 @@ def whole(folder, name="whole", **arguments):
     trainer = make_trainer(folder / name, callbacks=[search_callback(), steps], **arguments)
     trainer.train()
     found = outcome(trainer, steps.losses)
+    trainer.swap_layers(None, {0: [1], 2: [0, 1]})
     found["eval_loss"] = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / name / "hybrid"))
     return found
@@ -145,6 +154,15 @@ def learned(folder):
     return outcome(trainer, steps.losses)
 
 
+def adapter(folder):
+    """The mixers belong to a PEFT adapter."""
+    model = get_peft_model(tiny_model(), HybridPeftConfig(mixer=SMALL_MIXER.to_dict()))
+    steps = PerStep()
+    trainer = make_trainer(folder / "adapter", model, mixer=None, callbacks=[search_callback(), steps])
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
 def accumulated(folder):
     """Two small batches a step on each process."""
     steps = PerStep()
@@ -158,7 +176,9 @@ def accumulated(folder):
 def from_bank(folder):
     """A search without a training, with the mixers of `whole`."""
     steps = PerStep()
-    trainer = make_trainer(folder / "from_bank", mixer=None, callbacks=[steps], mixer_bank=str(folder / "whole"), max_steps=2)
+    trainer = make_trainer(
+        folder / "from_bank", mixer=None, callbacks=[steps], mixer_bank=str(folder / "whole"), max_steps=2
+    )
     search_callback().search(trainer)
     found = outcome(trainer)
     trainer.swap_layers([])
@@ -168,7 +188,7 @@ def from_bank(folder):
 
 
 def without_checkpoints(folder):
-    """Killed in the search, with nothing but the bank to go on from."""
+    """Resumed with nothing but the bank to go on from."""
     for again in (False, True):
         trainer = make_trainer(folder / "without_checkpoints", callbacks=[search_callback()], save_strategy="no")
         trainer.train(resume_from_checkpoint=again)
@@ -187,6 +207,24 @@ def pictures(folder):
     """Text alone, for a model of text and pictures: no process reaches the vision tower."""
     steps = PerStep()
     trainer = make_trainer(folder / "pictures", scaled(tiny_llava()), SMALL_MIXER, [steps], max_steps=3)
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
+def mixed(folder):
+    """Pictures on one process only: the other waits for no gradient of the vision tower."""
+
+    def collate(rows):
+        batch = transformers.default_data_collator(rows)
+        batch["input_ids"].clamp_(max=97)
+        if rank() == 0:
+            batch["input_ids"][:, :16] = 98  # a picture
+            batch["pixel_values"] = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32).expand(len(rows), -1, -1, -1)
+        return batch
+
+    steps = PerStep()
+    trainer = make_trainer(folder / "mixed", scaled(tiny_llava()), SMALL_MIXER, [steps], max_steps=3)
+    trainer.data_collator = collate
     trainer.train()
     return outcome(trainer, steps.losses)
 
@@ -230,8 +268,8 @@ def resumed_distillation(folder):
 
 
 RUNS = [
-    whole, recomputed, learned, accumulated, from_bank, without_checkpoints, memory, pictures, encoder_decoder,
-    killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
+    whole, recomputed, learned, adapter, accumulated, from_bank, without_checkpoints, memory, pictures, mixed,
+    encoder_decoder, killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
 ]  # fmt: skip
 
 
@@ -239,4 +277,5 @@ if __name__ == "__main__":
     named = {function.__name__: function for function in RUNS}
     for name in sys.argv[2:]:
         result = named[name](Path(sys.argv[1]))
-        Path(sys.argv[1], f"{name}.rank{os.environ['RANK']}.json").write_text(json.dumps(result))
+        Path(sys.argv[1], f"{name}.rank{rank()}.json").write_text(json.dumps(result))
+    PartialState().destroy_process_group()
