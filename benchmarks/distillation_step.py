@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid.demo.assets import teacher_folder
-from hf_hybrid.surgery import prepare_distillation_
-from hf_hybrid.ops import fast_fp32_matmul
 from hf_hybrid.evaluation.speed import compare_times
+from hf_hybrid.ops import fast_fp32_matmul
+from hf_hybrid.surgery import prepare_distillation_
 
 
 def main():

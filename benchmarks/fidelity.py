@@ -23,10 +23,10 @@ from hf_hybrid import (
     restore_full_attention,
 )
 from hf_hybrid.demo.assets import prose, teacher_folder
-from hf_hybrid.surgery import swap_layers_
-from hf_hybrid.ops import fast_fp32_matmul
 from hf_hybrid.evaluation.perplexity import perplexity
 from hf_hybrid.evaluation.recall import recall_loss
+from hf_hybrid.ops import fast_fp32_matmul
+from hf_hybrid.surgery import swap_layers_
 
 
 LENGTH = 1024
@@ -87,9 +87,7 @@ def main():
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(
-            json.dumps(
-                {"command": "python benchmarks/fidelity.py", "sequences": len(held_out), "rows": rows}, indent=2
-            )
+            json.dumps({"command": "python benchmarks/fidelity.py", "sequences": len(held_out), "rows": rows}, indent=2)
         )
     by_name = {row["model"]: row for row in rows}
     half, full = rows[3], rows[5]

@@ -24,9 +24,9 @@ from hf_hybrid import (
     LinearAttentionConfig,
 )
 from hf_hybrid.demo.assets import prose, teacher_folder
-from hf_hybrid.surgery import discard_students_
 from hf_hybrid.mixers import INITIALIZATIONS
 from hf_hybrid.ops import fast_fp32_matmul
+from hf_hybrid.surgery import discard_students_
 
 
 LENGTH, LAYERS = 512, "3,8,13,18,23,28"

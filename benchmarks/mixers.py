@@ -33,10 +33,10 @@ from hf_hybrid import (
     state_share,
 )
 from hf_hybrid.demo.assets import prose, teacher_folder
-from hf_hybrid.surgery import discard_students_
-from hf_hybrid.ops import fast_fp32_matmul
 from hf_hybrid.evaluation.perplexity import perplexity
 from hf_hybrid.evaluation.recall import recall_loss
+from hf_hybrid.ops import fast_fp32_matmul
+from hf_hybrid.surgery import discard_students_
 
 
 LENGTH = 1024

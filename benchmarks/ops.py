@@ -99,9 +99,7 @@ class Problem:
             return torch.randn(1, length, heads, *size, generator=generator)
 
         self.query, self.key, self.value = (make(h, DIM).to(dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
-        self.full_key, self.full_value = (
-            x.repeat_interleave(HEADS // KV_HEADS, dim=2) for x in (self.key, self.value)
-        )
+        self.full_key, self.full_value = (x.repeat_interleave(HEADS // KV_HEADS, dim=2) for x in (self.key, self.value))
         self.decay = {heads: F.logsigmoid(make(heads)) for heads in (KV_HEADS, HEADS)}
         self.beta = {heads: make(heads).sigmoid() for heads in (KV_HEADS, HEADS)}
         self.channel_decay = F.logsigmoid(make(KV_HEADS, DIM)) / 16

@@ -19,9 +19,7 @@ from hf_hybrid.evaluation.label_words import LabelWordTask
 @dataclass
 class ScriptArguments:
     model: str = field(metadata={"help": "Name or path of the teacher."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "Name of a dataset with text, label and three splits."}
-    )
+    dataset: str | None = field(default=None, metadata={"help": "Name of a dataset with text, label and three splits."})
     train_file: str | None = field(default=None, metadata={"help": "JSON lines."})
     validation_file: str | None = field(default=None, metadata={"help": "JSON lines."})
     test_file: str | None = field(default=None, metadata={"help": "JSON lines."})

@@ -39,9 +39,9 @@ from .conversion.layer import (
     rebind_forward_,
 )
 from .conversion.masks.custom import tell_of_masks
-from .conversion.masks.left_padding import with_positions
 from .conversion.offload import load_offloaded_mixer_whole
 from .conversion.position_bias import note_bias_readers_
+from .conversion.positions import with_positions
 from .conversion.published import published_sites, published_state
 from .errors import CheckpointError, HybridError, OutputFolderError, UnsupportedModelError
 from .hub.auto_classes import AUTO_CLASSES, PREPROCESSOR_MAPPINGS, SHIM_FILE, auto_map, write_shim

@@ -247,9 +247,7 @@ def test_each_starting_value_can_be_left_out():
 
 def test_the_trainer_calibrates_fresh_students_and_only_those(tmp_path):
     def decays(trainer):
-        return torch.stack(
-            [site.hybrid.gates.decay_bias.detach().clone() for site in trainer.distill_sites.values()]
-        )
+        return torch.stack([site.hybrid.gates.decay_bias.detach().clone() for site in trainer.distill_sites.values()])
 
     def new_trainer(folder, **arguments):
         return HybridTrainer(

@@ -29,10 +29,16 @@ BANK_FOLDER = "mixer_bank"
 
 def student_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What an adapter holds of a model with mixers, by parameter name; collective where parameters are sharded: call it on every rank."""
-    return {name: _whole(parameter.detach()) for name, parameter in _student_parameters(model).items()}
+    return {name: _whole(parameter) for name, parameter in _student_parameters(model).items()}
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    value = parameter.detach()
+    if hasattr(parameter, "ds_id"):  # DeepSpeed's ZeRO-3, between two uses
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -93,7 +93,8 @@ class KeptHeads:
     """
 
     def __init__(self, module: nn.Module, split: HeadSplit):
-        self._module, self.sinks = module, split.kept(module.sinks, axis=0)
+        self._module = module
+        self.sinks = split.kept(module.get_parameter("sinks"), axis=0)
 
     def __getattr__(self, name):
         return getattr(self._module, name)

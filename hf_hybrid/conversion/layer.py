@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_hybrid import AttentionSite
 from ..errors import HybridConfigError, UnsupportedModelError
@@ -135,9 +136,7 @@ class HybridAttentionMixin:
         if port is None:
             run = super().forward
         else:
-            from .interception import hybrid_attention_forward  # registered before any layer is converted
-
-            run = functools.partial(port, hybrid_attention_forward, self)
+            run = functools.partial(port, ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION], self)
         call = self._new_call(linear_heads, args, kwargs)
         cache, layer_idx = self._cache_of(args, kwargs)
         if cache is not None and layer_idx is not None:

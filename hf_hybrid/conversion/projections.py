@@ -60,13 +60,12 @@ def new_deltas(attention: nn.Module, projections: str, rank: int) -> nn.ModuleDi
     """
     if projections == "shared":
         return None
+    built: dict[str, LowRankDelta | FullDelta] = {}
     if projections == "low_rank":
         parts = {name: part for name, part in attention.named_modules() if isinstance(part, (nn.Linear, Conv1D))}
-        built: dict[str, nn.Module] = {
-            f"{name}.weight": LowRankDelta(part.weight, rank) for name, part in parts.items()
-        }
+        built.update({f"{name}.weight": LowRankDelta(part.weight, rank) for name, part in parts.items()})
     else:
-        built = {name: FullDelta(weight) for name, weight in attention.named_parameters()}
+        built.update({name: FullDelta(weight) for name, weight in attention.named_parameters()})
     for delta in built.values():
         if not any(parameter.is_meta for parameter in delta.parameters()):
             delta.init_weights()

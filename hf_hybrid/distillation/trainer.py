@@ -538,7 +538,8 @@ class HybridTrainer(Trainer):
 
     def _save_hybrid(self, folder: str) -> None:
         model = self.unwrapped
-        state = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state = self.accelerator.get_state_dict(self.model_wrapped) if is_sharded else None
         if not self.args.should_save:
             return
         use_cache = getattr(model.config, "use_cache", None)

@@ -45,12 +45,13 @@ def select_heads(
 
 def _axes(layout: str) -> list[list[str]]:
     """`"(S K) r"` -> `[["S", "K"], ["r"]]`."""
-    axes, inside = [], None
+    axes: list[list[str]] = []
+    inside: list[str] | None = None
     for token in layout.replace("(", " ( ").replace(")", " ) ").split():
         if token == "(":
             inside = []
         elif token == ")":
-            axes.append(inside)
+            axes.append(inside or [])
             inside = None
         elif inside is not None:
             inside.append(token)

@@ -18,11 +18,13 @@ def head_errors(
         `(error, energy)`: `[B, H_kv]` each, fp32.
     """
     teacher = teacher.float()
-    parts = ((student.float() - teacher).square(), teacher.square())
+    error, energy = (student.float() - teacher).square(), teacher.square()
     if valid is not None:
         # select, not multiply: what stands at a padded position may be anything, NaN included
-        parts = tuple(x.masked_fill(~valid[..., None, None], 0.0) for x in parts)
-    return tuple(x.unflatten(2, (num_key_value_heads, -1)).sum((1, 3, 4)) for x in parts)
+        hidden = ~valid[..., None, None]
+        error, energy = error.masked_fill(hidden, 0.0), energy.masked_fill(hidden, 0.0)
+    groups = (num_key_value_heads, -1)
+    return error.unflatten(2, groups).sum((1, 3, 4)), energy.unflatten(2, groups).sum((1, 3, 4))
 
 
 def normalized_sum(error: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:

@@ -1,2 +1,1 @@
 """Loads this checkpoint through the hf_hybrid package: pip install hf_hybrid."""
-

@@ -5,7 +5,7 @@ import inspect
 import torch
 from torch import nn
 
-from ..layer import hybrid_layers
+from .layer import hybrid_layers
 
 
 def with_positions(model: nn.Module, args: tuple, kwargs: dict) -> dict:
