@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_hybrid import convert_to_hybrid
+from hf_hybrid import GreedyLayerSwapCallback, convert_to_hybrid
 
 from conftest import token_dataset
-from tiny_models import tiny_model
+from helpers import toy_trainer
+from tiny_models import tiny_llava, tiny_model
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,47 @@ def test_choosing_a_mixer(names):
     (example,) = python_blocks("docs/how_to/choose_a_mixer.md")
     names.update(hybrid=convert_to_hybrid(tiny_model()), batches=[{"input_ids": torch.tensor(names["ids"][:2])}])
     exec(compile(example, "choose_a_mixer", "exec"), names)
+
+
+def test_choosing_layers(names, tmp_path):
+    which, search = python_blocks("docs/how_to/choose_layers.md")[0], python_blocks("docs/how_to/choose_layers.md")[2]
+    heads = python_blocks("docs/how_to/choose_layers.md")[1]
+    for line in re.findall(r"convert_to_hybrid\((?:[^()]|\([^()]*\))*\)", which):  # each on a model of its own
+        line = line.replace("site.num_heads > 8", "site.num_heads > 3")
+        model = tiny_llava() if "vision" in line else bart() if "encoder" in line else tiny_model()
+        exec(compile(line, "choose_layers", "exec"), {"convert_to_hybrid": convert_to_hybrid, "model": model})
+        assert model.config.hybrid["sites"]
+    model = tiny_model()
+    exec(compile(heads, "choose_layers", "exec"), {"convert_to_hybrid": convert_to_hybrid, "model": model})
+    assert [site["heads"] for site in model.config.hybrid["sites"].values()] == [[0], [1]]
+    names.update(GreedyLayerSwapCallback=GreedyLayerSwapCallback, other_rows=token_dataset(4, seed=3))
+    callback = eval(compile(search.strip(), "choose_layers", "eval"), names)
+    accuracy = {"compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}}
+    report = callback.search(toy_trainer(tmp_path / "run", mixer="sliding_window", **accuracy))
+    assert report.confirmed is not None
+
+
+def test_publishing(names, tmp_path, monkeypatch):
+    """The loading lines of the page, of a folder under the name that they use."""
+    convert_to_hybrid(tiny_model(), "sliding_window", [1]).save_pretrained(tmp_path / "user" / "name")
+    (example,) = python_blocks("docs/how_to/resume_and_push.md")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    names["AutoModelForCausalLM"] = AutoModelForCausalLM
+    exec(compile(example, "resume_and_push", "exec"), names)
+    assert type(names["model"]).__name__ == "HybridLlamaForCausalLM"
+
+
+def test_adapters(names):
+    (example,) = python_blocks("docs/how_to/adapters.md")
+    names["rows"] = token_dataset(16)
+    exec(compile(example, "adapters", "exec"), names)
+    assert list(names["hybrid"].config.hybrid["sites"]) == [f"model.layers.{i}.self_attn" for i in (0, 2)]
+
+
+def bart():
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 99}
+    more = {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes, **more)).eval()
 
 
 def test_links_between_pages_exist():

@@ -14,7 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
 
 from hf_hybrid import load_mixer_bank
-from hf_hybrid.adapters.bank import student_state
+from hf_hybrid.adapters.bank import BANK_FOLDER, student_state
 from hf_hybrid.errors import HybridConfigError
 
 from conftest import token_dataset
@@ -30,6 +30,7 @@ BOTH = [
     "whole",
     "recomputed",
     "learned",
+    "gated",
     "adapter",
     "accumulated",
     "from_bank",
@@ -67,7 +68,7 @@ def launch(mode: str, folder: Path, runs: list[str], killed: bool = False) -> di
 def one(tmp_path_factory):
     """What a process alone finds."""
     folder = tmp_path_factory.mktemp("one")
-    wanted = ["whole", "learned", "accumulated", "from_bank", "pictures", "encoder_decoder"]
+    wanted = ["whole", "learned", "gated", "accumulated", "from_bank", "pictures", "encoder_decoder"]
     found = {name: getattr(worker, name)(folder) for name in wanted}
     whole = found["whole"]
     return {
@@ -174,7 +175,7 @@ def test_what_two_processes_saved_loads_in_one(one, two):
     with torch.no_grad():
         loss = hybrid(ids, labels=ids).loss.item()
     assert abs(loss - expected["eval_loss"]) < TOLERANCE and abs(loss - one["whole"]["eval_loss"]) < TOLERANCE
-    bank = student_state(load_mixer_bank(tiny_model(), folder))
+    bank = student_state(load_mixer_bank(tiny_model(), folder / BANK_FOLDER))
     assert {name: value.double().flatten().tolist() for name, value in bank.items()} == expected["parameters"]
 
 
@@ -188,6 +189,16 @@ def test_what_is_sharded(two):
     assert {"FSDPLinearAttention", "FSDPLlamaDecoderLayer", "FSDPHybridLlamaForCausalLM"} <= names
     saved = os.listdir(two["folder"] / "whole" / f"checkpoint-{worker.STEPS}")
     assert "optimizer_0" in saved and not [name for name in saved if name.startswith("pytorch_model")]
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_not_finalized(two):
+    found = two["finalized"][0]
+    if two["mode"] == "ddp":
+        before, after = found["eval_losses"]
+        assert abs(before - after) < TOLERANCE
+    else:
+        assert "HybridTrainer.finalize: the weights are sharded. Call save_model(folder)" in found["message"]
 
 
 @pytest.mark.slow

@@ -24,7 +24,8 @@ from hf_hybrid import (  # noqa: E402
     HybridTrainer,
     LinearAttentionConfig,
 )
-from hf_hybrid.adapters.bank import student_state  # noqa: E402
+from hf_hybrid.adapters.bank import BANK_FOLDER, student_state  # noqa: E402
+from hf_hybrid.errors import HybridConfigError  # noqa: E402
 from hf_hybrid.search.ranks import gathered, rank  # noqa: E402
 
 from conftest import token_dataset  # noqa: E402
@@ -154,6 +155,27 @@ def learned(folder):
     return outcome(trainer, steps.losses)
 
 
+def gated(folder, mixer="jet_block"):
+    """Convolutions and gates, and decays that start at what a few rows of text say."""
+    steps = PerStep()
+    trainer = make_trainer(folder / mixer, mixer=mixer, callbacks=[steps], max_steps=3, save_strategy="no")
+    trainer.train()
+    return outcome(trainer, steps.losses)
+
+
+def finalized(folder):
+    """What becomes of the model in the trainer's own hands."""
+    trainer = make_trainer(folder / "finalized", max_steps=2, save_strategy="no")
+    trainer.train()
+    trainer.swap_layers([1])
+    before = trainer.evaluate()["eval_loss"]
+    try:
+        trainer.finalize()
+    except HybridConfigError as error:
+        return {**outcome(trainer), "message": str(error)}
+    return {"world": trainer.args.world_size, "losses": [], "eval_losses": [before, trainer.evaluate()["eval_loss"]]}
+
+
 def adapter(folder):
     """The mixers belong to a PEFT adapter."""
     model = get_peft_model(tiny_model(), HybridPeftConfig(mixer=SMALL_MIXER.to_dict()))
@@ -177,7 +199,7 @@ def from_bank(folder):
     """A search without a training, with the mixers of `whole`."""
     steps = PerStep()
     trainer = make_trainer(
-        folder / "from_bank", mixer=None, callbacks=[steps], mixer_bank=str(folder / "whole"), max_steps=2
+        folder / "from_bank", mixer=None, callbacks=[steps], mixer_bank=str(folder / "whole" / BANK_FOLDER), max_steps=2
     )
     search_callback().search(trainer)
     found = outcome(trainer)
@@ -268,7 +290,7 @@ def resumed_distillation(folder):
 
 
 RUNS = [
-    whole, recomputed, learned, adapter, accumulated, from_bank, without_checkpoints, memory, pictures, mixed,
+    whole, recomputed, learned, gated, adapter, finalized, accumulated, from_bank, without_checkpoints, memory, pictures, mixed,
     encoder_decoder, killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
 ]  # fmt: skip
 
