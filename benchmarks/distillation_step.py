@@ -2,11 +2,13 @@
 
     python benchmarks/distillation_step.py [--rounds 5] [--output results/distillation_step.json]
 
-A step is what HybridTrainer does: forward with local losses of all 30 layers, backward, optimiser. Two cores, about three minutes.
+A step is what HybridTrainer does: forward with local losses of all 30 layers, backward, optimiser. Against two forwards of the teacher: with the logits of every token, as a loss
+on text needs them, and without logits, which is what a step itself runs. SmolLM2-135M, 4 x 1,024 tokens, fp32, two cores, about four minutes.
 """
 
 import argparse
 import json
+import platform
 from pathlib import Path
 
 import torch
@@ -18,52 +20,53 @@ from hf_hybrid.ops import fast_fp32_matmul
 from hf_hybrid.surgery import prepare_distillation_
 
 
-def main():
+BAR = 1.6
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     batch = torch.randint(0, 49152, (4, 1024), generator=torch.Generator().manual_seed(0))
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32).eval()
+    model = prepare_distillation_(AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32)).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    last = torch.zeros(1, dtype=torch.long)
+
+    def forward(**kwargs):
+        with torch.no_grad():
+            teacher(input_ids=batch, use_cache=False, **kwargs)
+
+    def step():
+        model(input_ids=batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     rows = []
-    for recompute in (True, False):
-        teacher = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32).eval()
-        model = prepare_distillation_(
-            AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=torch.float32)
-        ).train()
-        model.recompute_students = recompute
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-        def forward(teacher=teacher):
-            with torch.no_grad():
-                teacher(input_ids=batch, use_cache=False)
-
-        def step(model=model, optimizer=optimizer):
-            model(input_ids=batch)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for flag in (True, False):
-            with fast_fp32_matmul() if flag else torch.enable_grad():
-                times = compare_times({"step": step, "forward": forward}, rounds=options.rounds)
+    for recompute in (False, True):
+        model.training_objective.recompute = recompute
+        for fast in (False, True):
+            with fast_fp32_matmul() if fast else torch.enable_grad():
+                runs = {"step": step, "forward": forward, "without logits": lambda: forward(logits_to_keep=last)}
+                times = compare_times(runs, rounds=options.rounds)
             rows.append(
                 {
-                    "recompute_students": recompute,
-                    "fast_fp32_matmul": flag,
+                    "activation_checkpointing": recompute,
+                    "fast_fp32_matmul": fast,
                     "step_over_forward": times["forward"].ratio,
+                    "step_over_forward_without_logits": times["without logits"].ratio,
                 }
             )
             print(rows[-1], flush=True)
+    # the default: no recomputation, fp32 as torch computes it
+    ratio = rows[0]["step_over_forward"]
+    print(f"bar ({BAR}x, defaults): {'met' if ratio <= BAR else 'MISSED'}, {ratio:.2f}x")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            json.dumps(
-                {"command": "python benchmarks/distillation_step.py", "batch": [4, 1024], "rows": rows}, indent=2
-            )
-        )
-    worst = max(row["step_over_forward"] for row in rows)
-    print(f"bar (2.5x): {'met' if worst <= 2.5 else 'MISSED'}, worst {worst:.2f}x")
-    raise SystemExit(worst > 2.5)
+        result = {"command": "python benchmarks/distillation_step.py", "machine": f"{platform.machine()}, two cores"}
+        options.output.write_text(json.dumps({**result, "batch": list(batch.shape), "rows": rows}, indent=2) + "\n")
+    return int(ratio > BAR)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -26,7 +26,7 @@ from hf_hybrid.demo.assets import prose, teacher_folder
 from hf_hybrid.evaluation.perplexity import perplexity
 from hf_hybrid.evaluation.recall import recall_loss
 from hf_hybrid.ops import fast_fp32_matmul
-from hf_hybrid.surgery import swap_layers_
+from hf_hybrid.surgery import set_linear_heads_
 
 
 LENGTH = 1024
@@ -83,7 +83,7 @@ def main():
             for layers, name in ((odd, "odd layers"), (range(0, 30, 2), "even layers"), (every, "all layers")):
                 trainer.swap_layers(layers)
                 measure(f"linear_attention, {tokens // 1000}k tokens, {name}", trainer.swapped_layers())
-            swap_layers_(model, [])
+            set_linear_heads_(model, {})
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(

@@ -111,7 +111,7 @@ def main():
                 for which, layers in CHOICES.items():
                     trainer.swap_layers(layers)
                     row = measure(name, which, trainer.model, base)
-                    mixers = [site.student.hybrid for site in trainer.distill_sites.values()]
+                    mixers = [site.hybrid for site in trainer.distill_sites.values()]
                     if mixers[0].has_window_and_state() and which == "odd":
                         shares = state_share(trainer.model, [{"input_ids": held_out[:1]}])
                         swapped = [share for share in shares.values() if share]

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from ..errors import HybridConfigError
 from ..mixers import INITIALIZATIONS, check_initialization
-from ..mixers.base import check_int
+from ..mixers.checks import check_int
 
 
 @dataclass

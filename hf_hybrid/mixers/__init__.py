@@ -1,16 +1,7 @@
 """The mixers. Importing this package registers them; `docs/mixers/` has a card for each."""
 
-from .base import (
-    INITIALIZATIONS,
-    LinearMixer,
-    MixerConfig,
-    build_mixer,
-    check_initialization,
-    get_mixer,
-    list_mixers,
-    register_mixer,
-    resolve_mixer_config,
-)
+from .base import LinearMixer, MixerConfig, build_mixer, get_mixer, list_mixers, register_mixer, resolve_mixer_config
+from .checks import INITIALIZATIONS, check_initialization
 from .feature_maps import FeatureMap, get_feature_map, list_feature_maps, register_feature_map
 from .gated_delta_net import GatedDeltaNet, GatedDeltaNetConfig
 from .gla import GLA, GLAConfig

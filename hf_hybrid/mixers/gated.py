@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..ops import WindowState, empty_window_state, window_attention
-from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_bool, check_int, check_window
+from .base import LinearMixer, MixerConfig
+from .checks import INITIALIZATIONS, check_bool, check_int, check_window
 from .gates import LowRank
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 
 from ..ops import gated_delta_rule
-from .base import INITIALIZATIONS, register_mixer
+from .base import register_mixer
+from .checks import INITIALIZATIONS
 from .gated import GatedConfig, GatedMixer
 from .gates import HeadGates
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from ..ops import gated_linear_attention
-from .base import INITIALIZATIONS, register_mixer
+from .base import register_mixer
+from .checks import INITIALIZATIONS
 from .gated import GatedConfig, GatedMixer
 from .gates import LowRank, inverse_softplus, masked, spread_half_lives
 

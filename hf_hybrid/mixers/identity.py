@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from .base import INITIALIZATIONS, LinearMixer, MixerConfig, register_mixer
+from .base import LinearMixer, MixerConfig, register_mixer
+from .checks import INITIALIZATIONS
 
 
 @dataclasses.dataclass(frozen=True)

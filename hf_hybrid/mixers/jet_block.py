@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops import gated_delta_rule
-from .base import INITIALIZATIONS, check_int, register_mixer
+from .base import register_mixer
+from .checks import INITIALIZATIONS, check_int
 from .gated import GatedConfig, GatedMixer
 from .gates import HeadGates, masked
 

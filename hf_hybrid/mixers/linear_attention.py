@@ -14,7 +14,8 @@ from ..ops import (
     linear_attention,
     window_attention,
 )
-from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_int, check_window, register_mixer
+from .base import LinearMixer, MixerConfig, register_mixer
+from .checks import INITIALIZATIONS, check_int, check_window
 from .feature_maps import get_feature_map
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 
 from ..ops import WindowState, window_attention
-from .base import INITIALIZATIONS, LinearMixer, MixerConfig, check_window, register_mixer
+from .base import LinearMixer, MixerConfig, register_mixer
+from .checks import INITIALIZATIONS, check_window
 
 
 @dataclasses.dataclass(frozen=True)

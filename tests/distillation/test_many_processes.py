@@ -32,6 +32,7 @@ BOTH = [
     "learned",
     "gated",
     "adapter",
+    "finalized",
     "accumulated",
     "from_bank",
     "without_checkpoints",

@@ -155,10 +155,11 @@ def learned(folder):
     return outcome(trainer, steps.losses)
 
 
-def gated(folder, mixer="jet_block"):
+def gated(folder):
     """Convolutions and gates, and decays that start at what a few rows of text say."""
     steps = PerStep()
-    trainer = make_trainer(folder / mixer, mixer=mixer, callbacks=[steps], max_steps=3, save_strategy="no")
+    mixer = {"name": "jet_block", "window_size": 4}
+    trainer = make_trainer(folder / "gated", mixer=mixer, callbacks=[steps], max_steps=3, save_strategy="no")
     trainer.train()
     return outcome(trainer, steps.losses)
 

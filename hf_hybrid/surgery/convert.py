@@ -1,4 +1,4 @@
-"""A model becomes a hybrid and back, and its switch is set: functions on whole models, in place."""
+"""A model becomes a hybrid and back, in place and without training."""
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -8,24 +8,20 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_hybrid import PROJECTIONS, AttentionSite
-from .conversion.layer import (
-    HybridAttentionMixin,
-    check_heads,
+from ..configuration_hybrid import AttentionSite
+from ..conversion.layer import (
     check_own_forward,
     convert_attention_,
     hybrid_layers,
     is_hybrid_attention,
-    put_mixer_,
     restore_attention_,
 )
-from .conversion.offload import check_not_preloaded, execution_device
-from .conversion.ports import find_port
-from .conversion.probe import ProbedModel, probe_attention
-from .conversion.projections import merge_deltas_, new_deltas
-from .conversion.sites import select_heads
-from .errors import AlreadyHybridError, HybridConfigError, UnsupportedModelError, closest
-from .mixers import (
+from ..conversion.offload import check_not_preloaded, execution_device
+from ..conversion.ports import find_port
+from ..conversion.probe import ProbedModel, probe_attention
+from ..conversion.sites import select_heads
+from ..errors import AlreadyHybridError, UnsupportedModelError
+from ..mixers import (
     INITIALIZATIONS,
     LinearMixer,
     MixerConfig,
@@ -33,8 +29,7 @@ from .mixers import (
     check_initialization,
     resolve_mixer_config,
 )
-from .modeling_hybrid import HybridModelMixin, become_base_, become_hybrid_, describe, mixer_dtype
-from .objectives.local import start_distillation_
+from ..modeling_hybrid import HybridModelMixin, become_base_, become_hybrid_, describe, mixer_dtype
 
 
 logger = logging.get_logger(__name__)
@@ -170,6 +165,14 @@ def _has_deltas(model: nn.Module) -> bool:
     return any(layer.hybrid_delta is not None for layer in hybrid_layers(model).values())
 
 
+def forget_distillation_(model: PreTrainedModel) -> None:
+    """Take off the model what a distillation noted on it."""
+    for layer in hybrid_layers(model).values():
+        layer.local_objective = None
+    for name in ("training_objective", "distill_rank", "base_fingerprint", "_no_split_modules"):
+        model.__dict__.pop(name, None)
+
+
 def check_convertible(model) -> None:
     """
     Raises:
@@ -220,194 +223,3 @@ def warn_of_losses(losses: dict[str, tuple[str, ...]]) -> None:
             "them out of `layers`.",
             stacklevel=4,
         )
-
-
-# ----------------------------------------------------------------------------------------------------------- the switch
-
-
-def linear_heads(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The key-value heads that are linear now, by layer; layers without are left out."""
-    return {name: layer.linear_heads for name, layer in hybrid_layers(model).items() if layer.linear_heads}
-
-
-def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] | None]) -> None:
-    """
-    Set the switch of a hybrid, in place: exactly these key-value heads run through their mixers, all others through the softmax.
-
-    Args:
-        model (`PreTrainedModel`): With mixers: converted, in distillation, or with an adapter.
-        heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their softmax.
-
-    Raises:
-        HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
-    """
-    layers = hybrid_layers(model)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, some in heads.items():
-        if name not in layers:
-            raise HybridConfigError(
-                f"set_linear_heads_: {name!r} has no mixer; {len(layers)} layers have.{closest(str(name), layers)} Convert it first."
-            )
-        layer = layers[name]
-        own = layer.hybrid.heads
-        wanted[name] = own if some is None else check_heads(some, own, f"set_linear_heads_: {name}")
-        if (
-            wanted[name]
-            and layer.hybrid_delta is not None
-            and len(wanted[name]) < layer.hybrid_site.num_key_value_heads
-        ):
-            raise HybridConfigError(
-                f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads {list(wanted[name])}. Make all of its heads "
-                "linear, or distil with projections='shared'."
-            )
-        if (
-            wanted[name]
-            and layer._hybrid_port is not None
-            and len(wanted[name]) < layer.hybrid_site.num_key_value_heads
-        ):
-            raise UnsupportedModelError(
-                f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken out. Make all heads of the layer "
-                "linear, or none."
-            )
-    for name, layer in layers.items():
-        layer.linear_heads = wanted.get(name, ())
-    hybrid = next((part for part in model.modules() if isinstance(part, HybridModelMixin)), None)
-    if hybrid is not None:
-        hybrid.refresh_hybrid_config()
-
-
-# --------------------------------------------------------------------------------------------------------- distillation
-
-
-def prepare_distillation_(
-    model: PreTrainedModel,
-    mixer: str | dict | MixerConfig = "linear_attention",
-    layers=None,
-    *,
-    heads: Mapping | None = None,
-    projections: str = "shared",
-    rank: int = 8,
-    initialization: str | Collection[str] = INITIALIZATIONS,
-    example_inputs: dict | None = None,
-) -> PreTrainedModel:
-    """
-    Put a mixer beside every selected attention layer, in place, with all switches off, and freeze everything else. The model computes what it did; in
-    training its forward returns local losses.
-
-    Args:
-        model (`PreTrainedModel`): The teacher.
-        mixer, layers, heads, example_inputs: As in [`convert_to_hybrid`].
-        projections (`str`, *optional*, defaults to `"shared"`): What trains beside the mixers. `"shared"`: nothing, they use the layer's
-            frozen query, key, value and output projections. `"low_rank"`: a low-rank difference to them. `"full"`: a difference of their own size.
-        rank (`int`, *optional*, defaults to 8): Rank of that difference.
-        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, all of
-            `mixers.INITIALIZATIONS` by default. `half_lives` and `output_scale` are for [`calibrate_mixers`].
-
-    Raises:
-        AlreadyHybridError: If the model is hybrid or in distillation already.
-        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages; nothing was changed.
-    """
-    config = resolve_mixer_config(mixer)
-    check_projections(projections, rank, heads)
-    initialization = check_initialization(initialization)
-    check_convertible(model)
-    if isinstance(model, HybridModelMixin):
-        raise AlreadyHybridError(
-            f"{describe(model)} is converted already. Distillation starts from full attention: call restore_full_attention(model) first."
-        )
-    probed = probe_attention(model, example_inputs)
-    selected = select_heads(layers, heads, probed.sites, describe(model))
-    # fp32 master weights: bf16 would swallow small updates
-    put_mixers_(model, config, probed, selected, initialization, dtype=torch.float32)
-    for layer in hybrid_layers(model).values():
-        layer.hybrid_delta = new_deltas(_without_mixer(layer), projections, rank)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_of_students(name))
-    become_hybrid_(model, projections)
-    model.__dict__["distill_rank"] = rank
-    start_distillation_(model)
-    return model
-
-
-def _without_mixer(layer: HybridAttentionMixin) -> nn.Module:
-    """A view of the layer without what distillation adds, whose parameters are the host's own."""
-    view = nn.Module()
-    view._parameters, view._modules = layer._parameters, {n: m for n, m in layer._modules.items() if n != "hybrid"}
-    return view
-
-
-def is_of_students(name: str) -> bool:
-    """Whether a parameter of that name belongs to a mixer or to a difference to projections."""
-    return ".hybrid." in name or ".hybrid_delta." in name or ".hybrid_mixer." in name
-
-
-def check_projections(projections: str, rank: int, heads: Mapping | None) -> None:
-    if projections not in PROJECTIONS:
-        raise HybridConfigError(
-            f"projections must be one of {', '.join(PROJECTIONS)}; got {projections!r}.{closest(str(projections), PROJECTIONS)}"
-        )
-    if not isinstance(rank, int) or rank < 1:
-        raise HybridConfigError(f"rank must be an integer >= 1; got {rank!r}.")
-    if heads is not None and projections != "shared":
-        raise HybridConfigError(
-            f"heads go with projections='shared'; got projections={projections!r}. Trained projections belong to whole layers."
-        )
-
-
-def discard_students_(model: PreTrainedModel) -> None:
-    """Undo [`prepare_distillation_`], in place: the model is the teacher again, all of it trainable."""
-    set_linear_heads_(model, {})
-    restore_full_attention(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-
-
-def finalize_(model: PreTrainedModel) -> PreTrainedModel:
-    """
-    Drop what the switch does not use, in place: mixers of heads that are not linear go, trained differences are added to the projections, everything is in
-    the model's type and trainable. Ends a distillation.
-    """
-    for layer in hybrid_layers(model).values():
-        layer.local_objective = None
-        if not layer.linear_heads:
-            restore_attention_(layer)
-            continue
-        kind = mixer_dtype(model, _without_mixer(layer))
-        put_mixer_(layer, layer.hybrid.restricted(layer.linear_heads).to(kind))
-        merge_deltas_(layer, layer.hybrid_delta)
-        layer._modules.pop("hybrid_delta", None)
-        layer.hybrid_delta = None
-    forget_distillation_(model)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    model.refresh_hybrid_config()
-    return model
-
-
-def forget_distillation_(model: PreTrainedModel) -> None:
-    """Take off the model what a distillation noted on it."""
-    for layer in hybrid_layers(model).values():
-        layer.local_objective = None
-    for name in ("training_objective", "distill_rank", "base_fingerprint", "_no_split_modules"):
-        model.__dict__.pop(name, None)
-
-
-__all__ = [
-    "check_convertible",
-    "check_projections",
-    "convert_to_hybrid",
-    "discard_students_",
-    "finalize_",
-    "find_attention_sites",
-    "forget_distillation_",
-    "hybrid_layers",
-    "is_of_students",
-    "linear_heads",
-    "new_mixer",
-    "prepare_distillation_",
-    "put_mixers_",
-    "restore_full_attention",
-    "set_linear_heads_",
-    "warn_of_losses",
-]

@@ -1,0 +1,58 @@
+"""The switch: which key-value heads run through their mixers."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..conversion.layer import HybridAttentionMixin, check_heads, hybrid_layers
+from ..errors import HybridConfigError, UnsupportedModelError, closest
+from ..modeling_hybrid import HybridModelMixin
+
+
+def linear_heads(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The key-value heads that are linear now, by layer; layers without are left out."""
+    return {name: layer.linear_heads for name, layer in hybrid_layers(model).items() if layer.linear_heads}
+
+
+def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] | None]) -> None:
+    """
+    Set the switch of a hybrid, in place: exactly these key-value heads run through their mixers, all others through the softmax.
+
+    Args:
+        model (`PreTrainedModel`): With mixers: converted, in distillation, or with an adapter.
+        heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their softmax.
+
+    Raises:
+        HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
+    """
+    layers = hybrid_layers(model)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, some in heads.items():
+        if name not in layers:
+            raise HybridConfigError(
+                f"set_linear_heads_: {name!r} has no mixer; {len(layers)} layers have.{closest(str(name), layers)} Convert it first."
+            )
+        own = layers[name].hybrid.heads
+        wanted[name] = own if some is None else check_heads(some, own, f"set_linear_heads_: {name}")
+        if 0 < len(wanted[name]) < layers[name].hybrid_site.num_key_value_heads:
+            _check_divisible(name, layers[name], wanted[name])
+    for name, layer in layers.items():
+        layer.linear_heads = wanted.get(name, ())
+    hybrid = next((part for part in model.modules() if isinstance(part, HybridModelMixin)), None)
+    if hybrid is not None:
+        hybrid.refresh_hybrid_config()
+
+
+def _check_divisible(name: str, layer: HybridAttentionMixin, heads: tuple[int, ...]) -> None:
+    """Some layers are linear as a whole or not at all."""
+    if layer.hybrid_delta is not None:
+        raise HybridConfigError(
+            f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads {list(heads)}. Make all of its heads "
+            "linear, or distil with projections='shared'."
+        )
+    if layer._hybrid_port is not None:
+        raise UnsupportedModelError(
+            f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken out. Make all heads of the layer "
+            "linear, or none."
+        )
