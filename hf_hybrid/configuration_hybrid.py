@@ -1,7 +1,9 @@
-"""What a hybrid checkpoint says about itself: which attention sites are linear, by which mixer, at which sizes. Facts, not recipes.
+"""What a hybrid checkpoint says about itself: which attention sites are linear, by which mixer, at which sizes. Facts,
+not recipes.
 
-On disk `model_type` is `"hybrid_attention"` and `base_model_type` names the family, so that nothing but this package loads the
-checkpoint and silently drops tensors. In memory `model_type` stays the family's, because much of the ecosystem branches on it.
+On disk `model_type` is `"hybrid_attention"` and `base_model_type` names the family, so that nothing but this package
+loads the checkpoint and silently drops tensors. In memory `model_type` stays the family's, because much of the
+ecosystem branches on it.
 """
 
 import dataclasses
@@ -44,7 +46,8 @@ class AttentionSite:
         value_dim (`int`): Size of values per head.
         hidden_size (`int`): Size of the layer's input.
         causal (`bool`): Whether tokens see only earlier ones.
-        part (`str`): `"encoder"` or `"decoder"` in an encoder-decoder, else `"text"`, `"vision"` or `"audio"`. Not stored in checkpoints.
+        part (`str`): `"encoder"` or `"decoder"` in an encoder-decoder, else `"text"`, `"vision"` or `"audio"`. Not
+            stored in checkpoints.
     """
 
     name: str
@@ -62,7 +65,9 @@ class AttentionSite:
         return range(self.num_key_value_heads)
 
     def sizes(self) -> dict[str, Any]:
-        """The arguments of a mixer's constructor that follow from the model: what a checkpoint stores beside the name."""
+        """
+        The arguments of a mixer's constructor that follow from the model: what a checkpoint stores beside the name.
+        """
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -95,8 +100,8 @@ def hybrid_section(
     sites: dict[str, LinearSite], base_model: str | None, revision: str | None, projections: str = "shared"
 ) -> dict:
     """
-    The `hybrid` entry of a config. `projections` other than `"shared"` says that the linear layers' projections were trained, so that the softmax cannot
-    be put back over them.
+    The `hybrid` entry of a config. `projections` other than `"shared"` says that the linear layers' projections were
+    trained, so that the softmax cannot be put back over them.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -112,7 +117,8 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, LinearSite]:
     The sites of a `hybrid` entry, checked.
 
     Raises:
-        CheckpointError: If the entry is not an object, has another schema version, or a site lacks or has extra entries.
+        CheckpointError: If the entry is not an object, has another schema version, or a site lacks or has extra
+            entries.
     """
     if not isinstance(section, dict) or "schema_version" not in section:
         raise CheckpointError(
@@ -120,12 +126,15 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, LinearSite]:
         )
     if section["schema_version"] not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION} or less; got {section['schema_version']!r}, written by hf_hybrid "
-            f"{section.get('hf_hybrid_version')!r} (this is {package_version()}). Upgrade with `pip install -U hf_hybrid`."
+            f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION} or less; got {section['schema_version']!r}, "
+            "written by hf_hybrid "
+            f"{section.get('hf_hybrid_version')!r} (this is {package_version()}). Upgrade with `pip install -U "
+            "hf_hybrid`."
         )
     if section.get("projections") not in PROJECTIONS or not isinstance(section.get("sites"), dict):
         raise CheckpointError(
-            f"{where}: `hybrid` must have `sites` and `projections` (shared, low_rank or full); got {section.get('projections')!r}. The file "
+            f"{where}: `hybrid` must have `sites` and `projections` (shared, low_rank or full); got "
+            f"{section.get('projections')!r}. The file "
             "was edited."
         )
     return {name: _read_site(name, entry, where) for name, entry in section["sites"].items()}
@@ -147,14 +156,16 @@ def _read_site(name: str, entry, where: str) -> LinearSite:
     if wrong or not isinstance(entry["mixer"], dict):
         key = (wrong or ["mixer"])[0]
         raise CheckpointError(
-            f"{where}: `hybrid.sites[{name!r}].{key}` has a value that cannot be; got {entry[key]!r}. The file was edited."
+            f"{where}: `hybrid.sites[{name!r}].{key}` has a value that cannot be; got {entry[key]!r}. The file was "
+            "edited."
         )
     site = AttentionSite(name=name, **sizes)
     heads = entry.get("heads", list(range(site.num_key_value_heads)))
     known = isinstance(heads, list) and all(type(h) is int and 0 <= h < site.num_key_value_heads for h in heads)
     if not known or not heads or len(set(heads)) < len(heads):
         raise CheckpointError(
-            f"{where}: `hybrid.sites[{name!r}].heads` must be a list of key-value heads 0..{site.num_key_value_heads - 1}, each once; got {heads!r}. "
+            f"{where}: `hybrid.sites[{name!r}].heads` must be a list of key-value heads "
+            f"0..{site.num_key_value_heads - 1}, each once; got {heads!r}. "
             "The file was edited."
         )
     return LinearSite(site, entry["mixer"], tuple(sorted(heads)))
@@ -162,8 +173,9 @@ def _read_site(name: str, entry, where: str) -> LinearSite:
 
 class HybridAttentionConfig(PreTrainedConfig):
     """
-    The config class that `AutoConfig` finds for `model_type: "hybrid_attention"`. It never is the config of a live model: reading a
-    file gives `Hybrid<Family>Config`, which has every attribute of the family's config and one more, `hybrid`.
+    The config class that `AutoConfig` finds for `model_type: "hybrid_attention"`. It never is the config of a live
+    model: reading a file gives `Hybrid<Family>Config`, which has every attribute of the family's config and one more,
+    `hybrid`.
     """
 
     model_type = MODEL_TYPE
@@ -183,27 +195,32 @@ class HybridAttentionConfig(PreTrainedConfig):
         config_dict.pop("model_type", None)
         if "hybrid" not in config_dict or "base_model_type" not in config_dict:
             raise CheckpointError(
-                'config.json says model_type "hybrid_attention" but has no `base_model_type` and `hybrid` entries. The file was edited.'
+                'config.json says model_type "hybrid_attention" but has no `base_model_type` and `hybrid` entries. The '
+                "file was edited."
             )
         return _family_config_class(config_dict.pop("base_model_type")).from_dict(config_dict, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
-        """Nothing to do: the remote-code shim imports the installed package, sources are never copied into checkpoints."""
+        """
+        Nothing to do: the remote-code shim imports the installed package, sources are never copied into checkpoints.
+        """
 
 
 def _family_config_class(base_model_type: str) -> type[PreTrainedConfig]:
     if base_model_type not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"config.json: base_model_type {base_model_type!r} is unknown to the installed transformers. Upgrade transformers."
+            f"config.json: base_model_type {base_model_type!r} is unknown to the installed transformers. Upgrade "
+            "transformers."
         )
     return hybrid_config_class(CONFIG_MAPPING[base_model_type])
 
 
 class WrittenModelType(str):
     """
-    `"hybrid_attention"` where it is written or read, and the family's own model type where it is looked up in a table. Dictionaries of configs are both:
-    transformers writes them to files, PEFT finds a family's default target modules by them.
+    `"hybrid_attention"` where it is written or read, and the family's own model type where it is looked up in a table.
+    Dictionaries of configs are both: transformers writes them to files, PEFT finds a family's default target modules by
+    them.
     """
 
     def __new__(cls, family: str):
@@ -253,7 +270,8 @@ class HybridConfigMixin:
             base_model_type = config_dict.pop("base_model_type", None)
             if base_model_type not in (None, cls.model_type):
                 raise CheckpointError(
-                    f"{cls.__name__} is for base_model_type {cls.model_type!r}, but config.json says {base_model_type!r}. "
+                    f"{cls.__name__} is for base_model_type {cls.model_type!r}, but config.json says "
+                    f"{base_model_type!r}. "
                     f"Load it with AutoConfig / AutoModelFor….from_pretrained."
                 )
             config_dict["model_type"] = cls.model_type
@@ -275,7 +293,8 @@ class HybridConfigMixin:
 
 
 _CONFIG_CLASSES: dict[type, type] = {}
-# Called with every new family's config class. modeling_hybrid adds the registration in the Auto classes here: imports point one way.
+# Called with every new family's config class. modeling_hybrid adds the registration in the Auto classes here: imports
+# point one way.
 on_new_family: list[Callable[[type], None]] = []
 
 
@@ -291,7 +310,8 @@ def hybrid_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             "__qualname__": name,
             "__annotations__": {"hybrid": dict | None},
             "hybrid": None,
-            "__doc__": f"[`{base.__name__}`] of a model some of whose attention layers are linear; `hybrid` says which.",
+            "__doc__": f"[`{base.__name__}`] of a model some of whose attention layers are linear; `hybrid` says "
+            "which.",
         }
         _CONFIG_CLASSES[base] = type(base)(name, (HybridConfigMixin, base), namespace)
         for hook in on_new_family:

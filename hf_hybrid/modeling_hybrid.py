@@ -1,7 +1,8 @@
-"""Hybrid models: mirror classes of every family (`HybridLlamaForCausalLM` is a `LlamaForCausalLM`), their checkpoints, the Auto classes.
+"""Hybrid models: mirror classes of every family (`HybridLlamaForCausalLM` is a `LlamaForCausalLM`), their checkpoints,
+the Auto classes.
 
-The mirror classes are built on demand and registered in every Auto class that knows the family, so that `AutoModelFor….from_pretrained` works
-on a hybrid checkpoint as on any other.
+The mirror classes are built on demand and registered in every Auto class that knows the family, so that
+`AutoModelFor….from_pretrained` works on a hybrid checkpoint as on any other.
 """
 
 import copy
@@ -55,10 +56,12 @@ class TrainingObjective(Protocol):
 
 class HybridModelMixin(CheckpointMixin):
     """
-    Put in front of a family's model class. Builds the linear layers a config names, and keeps caches, checkpoints and guards right.
+    Put in front of a family's model class. Builds the linear layers a config names, and keeps caches, checkpoints and
+    guards right.
 
     Attributes:
-        training_objective (`TrainingObjective` or `None`): Set while the model is distilled; its forward then returns local losses in training.
+        training_objective (`TrainingObjective` or `None`): Set while the model is distilled; its forward then returns
+            local losses in training.
         projections (`str`): What of the linear layers trains or was trained beside their mixers.
     """
 
@@ -81,7 +84,8 @@ class HybridModelMixin(CheckpointMixin):
             module = next((modules[c] for c in candidates if c in modules), None)
             if module is None:
                 raise CheckpointError(
-                    f"config.json names the attention site {name!r}, which {type(self).__name__} does not have. The file was edited, or "
+                    f"config.json names the attention site {name!r}, which {type(self).__name__} does not have. The "
+                    "file was edited, or "
                     "belongs to another model."
                 )
             if is_hybrid_attention(module):  # an inner model built from the same config did it already
@@ -135,7 +139,8 @@ class HybridModelMixin(CheckpointMixin):
         return auto_map(type(self), type(self.config))
 
     def initialize_weights(self):
-        # transformers initialises each inner model by that model's own rules, which know nothing of our parameters: ours come first
+        # transformers initialises each inner model by that model's own rules, which know nothing of our parameters:
+        # ours come first
         for module in self.modules():
             if isinstance(module, LinearMixer) and not getattr(module, "_is_hf_initialized", False):
                 if any(parameter.device.type == "meta" for parameter in module.parameters()):
@@ -167,7 +172,8 @@ class HybridModelMixin(CheckpointMixin):
 
     def _refuse_continuous_batching(self, *args, **kwargs):
         raise UnsupportedModelError(
-            f"{type(self).__name__}: linear-attention layers keep no paged keys and values, so continuous batching cannot run this model. "
+            f"{type(self).__name__}: linear-attention layers keep no paged keys and values, so continuous batching "
+            "cannot run this model. "
             "Use `generate`, which batches with padding."
         )
 
@@ -177,7 +183,8 @@ class HybridModelMixin(CheckpointMixin):
     def init_continuous_batching(self):
         # `transformers serve` asks with `hasattr`, and falls back to one request at a time
         raise AttributeError(
-            f"{type(self).__name__}: linear-attention layers keep no paged keys and values, so continuous batching cannot run this model. "
+            f"{type(self).__name__}: linear-attention layers keep no paged keys and values, so continuous batching "
+            "cannot run this model. "
             "Use `generate`, which batches with padding."
         )
 
@@ -187,14 +194,19 @@ class HybridModelMixin(CheckpointMixin):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        """Nothing to do: the remote-code shim imports the installed package, sources are never copied into checkpoints."""
+        """
+        Nothing to do: the remote-code shim imports the installed package, sources are never copied into checkpoints.
+        """
 
     def _get_name(self):  # the Trainer looks this name up in transformers' tables (label smoothing)
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("transformers."))
 
 
 def mixer_dtype(model: PreTrainedModel, module: torch.nn.Module) -> torch.dtype:
-    """The type a mixer's parameters have beside an attention module: that of its weights, or the model's where those are packed by a quantiser."""
+    """
+    The type a mixer's parameters have beside an attention module: that of its weights, or the model's where those are
+    packed by a quantiser.
+    """
     kinds = [p.dtype for p in module.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2]
     return kinds[0] if kinds else model.dtype
 
@@ -261,7 +273,10 @@ def __getattr__(name: str):
 
 
 def become_hybrid_(model: PreTrainedModel, projections: str = "shared") -> None:
-    """Give `model` and its config their mirror classes, and write down which heads are linear; the modules are converted already."""
+    """
+    Give `model` and its config their mirror classes, and write down which heads are linear; the modules are converted
+    already.
+    """
     note_bias_readers_(model)
     config = model.config
     if not isinstance(config, HybridConfigMixin):

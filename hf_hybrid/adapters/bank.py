@@ -1,4 +1,7 @@
-"""The mixer bank: the mixers of all layers without the backbone, on disk a PEFT adapter. Small and task-agnostic; every task then needs only a search."""
+"""
+The mixer bank: the mixers of all layers without the backbone, on disk a PEFT adapter. Small and task-agnostic; every
+task then needs only a search.
+"""
 
 import os
 import tempfile
@@ -23,12 +26,16 @@ from .fingerprint import TOLERANCE, base_fingerprint
 
 
 PREFIX = "base_model.model."
-# Where a trainer keeps the bank inside its output folder: beside a model, transformers would load it on top of that model.
+# Where a trainer keeps the bank inside its output folder: beside a model, transformers would load it on top of that
+# model.
 BANK_FOLDER = "mixer_bank"
 
 
 def student_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What an adapter holds of a model with mixers, by parameter name; collective where parameters are sharded: call it on every rank."""
+    """
+    What an adapter holds of a model with mixers, by parameter name; collective where parameters are sharded: call it on
+    every rank.
+    """
     return {name: _whole(parameter) for name, parameter in _student_parameters(model).items()}
 
 
@@ -43,7 +50,10 @@ def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def _student_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters of mixers, and of differences to projections, by `<site>.hybrid.<name>` whoever holds them: the layer itself, or the active adapter."""
+    """
+    Parameters of mixers, and of differences to projections, by `<site>.hybrid.<name>` whoever holds them: the layer
+    itself, or the active adapter.
+    """
     found = {}
     for name, layer in hybrid_layers(model).items():
         parts = {"hybrid": layer.hybrid, "hybrid_delta": layer.hybrid_delta}
@@ -78,12 +88,17 @@ def adapter_config(model: PreTrainedModel) -> HybridPeftConfig:
 
 
 def adapter_key(name: str) -> str:
-    """The name in `adapter_model.safetensors` of a parameter of the model: PEFT's tuner layer holds mixers under its own prefix."""
+    """
+    The name in `adapter_model.safetensors` of a parameter of the model: PEFT's tuner layer holds mixers under its own
+    prefix.
+    """
     return PREFIX + name.replace(".hybrid.", ".hybrid_mixer.")
 
 
 def write_adapter(folder: str | os.PathLike, config: HybridPeftConfig, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, both or neither: the config goes first and comes last."""
+    """
+    Write `adapter_config.json` and `adapter_model.safetensors`, both or neither: the config goes first and comes last.
+    """
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         config.save_pretrained(temporary)
@@ -110,7 +125,8 @@ def read_adapter(folder: str | os.PathLike) -> tuple[HybridPeftConfig, dict[str,
         raise
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is no readable adapter of mixers ({CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}): {error}. Save or download it again."
+            f"{folder} is no readable adapter of mixers ({CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}): {error}. Save "
+            "or download it again."
         ) from error
     if not isinstance(config, HybridPeftConfig) or not isinstance(config.sites, dict):
         raise CheckpointError(
@@ -142,7 +158,8 @@ def check_base(config: HybridPeftConfig, model: PreTrainedModel, where: str) -> 
     other = [name for name in sites if not abs(ours[name] - theirs[name]) <= TOLERANCE]
     if other:
         raise CheckpointError(
-            f"{where}: distilled from {base!r}; the weights of {describe(model)} at {other[0]!r} are others. Load the base model it was "
+            f"{where}: distilled from {base!r}; the weights of {describe(model)} at {other[0]!r} are others. Load the "
+            "base model it was "
             "distilled from."
         )
     return sites
@@ -154,7 +171,8 @@ def _has(model: torch.nn.Module, name: str) -> bool:
 
 def save_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike) -> None:
     """
-    Write the mixers of a model in distillation to `folder`, as a PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+    Write the mixers of a model in distillation to `folder`, as a PEFT adapter: `adapter_config.json` and
+    `adapter_model.safetensors`.
 
     Raises:
         AlreadyHybridError: If the model has no mixers.
@@ -168,7 +186,8 @@ def save_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike) -> None:
 
 def load_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike, **hub_kwargs) -> PreTrainedModel:
     """
-    Put the mixers of a bank beside the attention of their base model, in place: the model is in distillation, with all switches off.
+    Put the mixers of a bank beside the attention of their base model, in place: the model is in distillation, with all
+    switches off.
 
     Args:
         model (`PreTrainedModel`): The base model.

@@ -12,7 +12,8 @@ from ..mixers import MixerConfig, resolve_mixer_config
 
 class PeftTypeName(str):
     """
-    A PEFT type beside those of PEFT's own enumeration, whose members are strings too: what PEFT and transformers read off one is here.
+    A PEFT type beside those of PEFT's own enumeration, whose members are strings too: what PEFT and transformers read
+    off one is here.
     """
 
     value = property(lambda self: str(self))
@@ -34,14 +35,18 @@ class HybridPeftConfig(PeftConfig):
     Configuration of an adapter that holds a mixer beside attention layers, for [`~peft.get_peft_model`].
 
     Args:
-        mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): What stands beside the softmax.
+        mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): What stands beside the
+            softmax.
         layers (*optional*): Attention sites, as in [`convert_to_hybrid`]; all of them by default.
         heads (`dict`, *optional*): Key-value heads by layer, as there.
-        projections (`str`, *optional*, defaults to `"shared"`): What trains beside the mixers, as in [`HybridTrainingArguments`].
+        projections (`str`, *optional*, defaults to `"shared"`): What trains beside the mixers, as in
+            [`HybridTrainingArguments`].
         projection_rank (`int`, *optional*, defaults to 8): Rank of `"low_rank"` differences.
-        linear_heads (`dict`, *optional*): Heads by layer that are linear when the adapter is active, of those that have a mixer; all of them by default.
+        linear_heads (`dict`, *optional*): Heads by layer that are linear when the adapter is active, of those that have
+            a mixer; all of them by default.
         sites (`dict`, *optional*): Sizes of the layers and their mixers. Measured when the adapter is made.
-        base_fingerprint (`dict`, *optional*): Tells the base model's weights from others'. Taken when the adapter is made.
+        base_fingerprint (`dict`, *optional*): Tells the base model's weights from others'. Taken when the adapter is
+            made.
 
     Raises:
         HybridConfigError, UnknownMixerError: If the mixer is none.
@@ -83,7 +88,8 @@ class HybridPeftConfig(PeftConfig):
             known = name in sites and isinstance(heads, list) and set(heads) <= set(sites[name].heads)
             if not known or len(set(heads)) < len(heads):
                 raise CheckpointError(
-                    f"{where}: `linear_heads[{name!r}]` must be heads of a layer of `sites`, each once; got {heads!r}. The file was edited."
+                    f"{where}: `linear_heads[{name!r}]` must be heads of a layer of `sites`, each once; got {heads!r}. "
+                    "The file was edited."
                 )
         return sites
 

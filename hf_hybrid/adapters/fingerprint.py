@@ -8,16 +8,18 @@ from torch import nn
 from ..conversion.layer import hybrid_layers
 
 
-# A fingerprint is a random projection of a site's weights, about 1 in size. Rounding weights to bfloat16 moves it by 0.001, a fine-tuning
-# that changes them by 5 % by 0.05.
+# A fingerprint is a random projection of a site's weights, about 1 in size. Rounding weights to bfloat16 moves it by
+# 0.001, a fine-tuning that changes them by 5 % by 0.05.
 TOLERANCE = 0.01
 
 
 def base_fingerprint(model: nn.Module, sites: Iterable[str]) -> dict[str, float]:
     """
-    A number per site that tells full-attention weights apart: the sum of the weights under fixed random signs, over their norm.
+    A number per site that tells full-attention weights apart: the sum of the weights under fixed random signs, over
+    their norm.
 
-    Taken once per model in distillation, whose base weights never change, and before they are sharded: it is noted on the model.
+    Taken once per model in distillation, whose base weights never change, and before they are sharded: it is noted on
+    the model.
 
     Raises:
         AttributeError: If the model has no such site.

@@ -1,4 +1,6 @@
-"""Banks that version 0.1 wrote: `mixer_bank.json` and `mixer_bank.safetensors`. They are read, and never written again."""
+"""
+Banks that version 0.1 wrote: `mixer_bank.json` and `mixer_bank.safetensors`. They are read, and never written again.
+"""
 
 import hashlib
 import json
@@ -42,7 +44,8 @@ def read_bank(folder: str | os.PathLike, model: PreTrainedModel) -> tuple[Hybrid
         digest = _sha256(weights_path)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder} is no readable mixer bank ({CONFIG_FILE} and {WEIGHTS_FILE}): {error}. Save or download it again."
+            f"{folder} is no readable mixer bank ({CONFIG_FILE} and {WEIGHTS_FILE}): {error}. Save or download it "
+            "again."
         ) from error
     sites = read_hybrid_section(description, config_path)
     missing = sorted({"base_model", "base_model_type", "base_fingerprint", "rank"} - set(description))
@@ -50,7 +53,8 @@ def read_bank(folder: str | os.PathLike, model: PreTrainedModel) -> tuple[Hybrid
         raise CheckpointError(f"{config_path} lacks entries: {', '.join(missing) or 'sites'}. The file was edited.")
     if digest != description.get("weights_sha256"):
         raise CheckpointError(
-            f"{folder}: {WEIGHTS_FILE} is not the file {CONFIG_FILE} describes. One of them was edited or is of another save."
+            f"{folder}: {WEIGHTS_FILE} is not the file {CONFIG_FILE} describes. One of them was edited or is of "
+            "another save."
         )
     base = description["base_model"] or {}
     config = HybridPeftConfig(
@@ -66,7 +70,10 @@ def read_bank(folder: str | os.PathLike, model: PreTrainedModel) -> tuple[Hybrid
 
 
 def _renamed(name: str, value: torch.Tensor, model: PreTrainedModel) -> tuple[str, torch.Tensor]:
-    """`<site>.student.hybrid.x`, `<site>.student.q_proj.parametrizations.weight.0.A` and `<site>.student.q_proj.weight` under today's names."""
+    """
+    `<site>.student.hybrid.x`, `<site>.student.q_proj.parametrizations.weight.0.A` and `<site>.student.q_proj.weight`
+    under today's names.
+    """
     site, _, inside = name.partition(".student.")
     if inside.startswith("hybrid."):
         return f"{site}.{inside}", value

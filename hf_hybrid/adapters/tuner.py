@@ -1,4 +1,7 @@
-"""The PEFT method `HYBRID`: a wrapper around each attention layer holds the mixers of all adapters; the active one stands beside the layer."""
+"""
+The PEFT method `HYBRID`: a wrapper around each attention layer holds the mixers of all adapters; the active one stands
+beside the layer.
+"""
 
 import dataclasses
 
@@ -31,10 +34,11 @@ from .fingerprint import base_fingerprint
 
 class HybridTunerLayer(nn.Module, BaseTunerLayer):
     """
-    Stands where the attention stood. The attention itself, converted, is `base_layer`; attributes that the host's code reads from it are its own.
+    Stands where the attention stood. The attention itself, converted, is `base_layer`; attributes that the host's code
+    reads from it are its own.
 
-    A wrapper, because PEFT takes every other child of a tuner layer for adapter weights; and every key of the adapter begins with `hybrid_`, because
-    transformers puts the adapter's name only behind the method's own prefix.
+    A wrapper, because PEFT takes every other child of a tuner layer for adapter weights; and every key of the adapter
+    begins with `hybrid_`, because transformers puts the adapter's name only behind the method's own prefix.
 
     Args:
         base_layer (`nn.Module`): The attention.
@@ -72,7 +76,8 @@ class HybridTunerLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.hybrid_mixer]
         if len(active) > 1:
             raise HybridConfigError(
-                f"An attention layer runs through one mixer at a time; got the active adapters {active}. Activate one (set_adapter)."
+                f"An attention layer runs through one mixer at a time; got the active adapters {active}. Activate one "
+                "(set_adapter)."
             )
         layer = self.base_layer
         layer.linear_heads, layer.__dict__["hybrid_delta"] = (), None
@@ -99,13 +104,15 @@ class HybridTunerLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names=None) -> None:
         raise HybridConfigError(
-            "A mixer cannot be merged into the weights of an attention layer. Call merge_and_unload(), which makes the model a hybrid."
+            "A mixer cannot be merged into the weights of an attention layer. Call merge_and_unload(), which makes the "
+            "model a hybrid."
         )
 
 
 class HybridTuner(BaseTuner):
     """
-    Puts [`HybridTunerLayer`]s around attention layers. The model itself becomes a `Hybrid…` model: caches, masks and guards are as of a converted one.
+    Puts [`HybridTunerLayer`]s around attention layers. The model itself becomes a `Hybrid…` model: caches, masks and
+    guards are as of a converted one.
     """
 
     prefix = "hybrid_"
@@ -254,7 +261,8 @@ def check_tensors(own: set[str], given: set[str], config: HybridPeftConfig) -> N
     for what, names in {"lacks": own - given, "has foreign": given - own}.items():
         if names:
             raise CheckpointError(
-                f"The adapter of {config.base_model_name_or_path!r} {what} tensors: {len(names)}, the first {sorted(names)[0]!r}. It was truncated or edited; "
+                f"The adapter of {config.base_model_name_or_path!r} {what} tensors: {len(names)}, the first "
+                f"{sorted(names)[0]!r}. It was truncated or edited; "
                 "save or download it again."
             )
 

@@ -1,7 +1,7 @@
 """Arguments for one small forward of any model, from the signature of its `forward` and the sizes in its config.
 
-Conventions differ (features before or after time, one modality or two), and nothing in a config says which holds. So this gives several sets of
-arguments, the likeliest first; whoever needs one tries them until the model accepts.
+Conventions differ (features before or after time, one modality or two), and nothing in a config says which holds. So
+this gives several sets of arguments, the likeliest first; whoever needs one tries them until the model accepts.
 """
 
 import inspect
@@ -111,7 +111,9 @@ class _Builder:
         self.generator = torch.Generator().manual_seed(0)
 
     def build(self, names: list[str]) -> Iterator[dict]:
-        """Every combination that the conventions of a single argument leave open; the others take their likeliest form."""
+        """
+        Every combination that the conventions of a single argument leave open; the others take their likeliest form.
+        """
         forms = {name: self.ARGUMENTS[name](self) for name in names if name in self.ARGUMENTS}
         longest = max((len(form) for form in forms.values()), default=0)
         for index in range(longest):
@@ -262,7 +264,7 @@ class _Builder:
         "audio_values": input_values,
         "past_values": past_values,
         "merge_sizes": merge_sizes,
-    }  # fmt: skip
+    }
 
 
 __all__ = ["dummy_inputs"]

@@ -1,4 +1,7 @@
-"""A layer some of whose key-value heads are linear: which heads are which, and how tensors over all heads are taken apart and put together."""
+"""
+A layer some of whose key-value heads are linear: which heads are which, and how tensors over all heads are taken apart
+and put together.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -65,7 +68,10 @@ class HeadSplit:
 
 
 def _take(x: torch.Tensor, indices: list[int], axis: int) -> torch.Tensor:
-    """`x.index_select`, as a view where the indices are a run of neighbours: no copy, and no index tensor to make on a device."""
+    """
+    `x.index_select`, as a view where the indices are a run of neighbours: no copy, and no index tensor to make on a
+    device.
+    """
     start, count = indices[0], len(indices)
     if indices == list(range(start, start + count)):
         return x.narrow(axis, start, count)
@@ -85,7 +91,8 @@ def _runs(indices: list[int]) -> list[tuple[int, int]]:
 
 class KeptHeads:
     """
-    Stands for an attention module towards its softmax, which reads learned sinks, one per query head, off it: those of the heads that keep it.
+    Stands for an attention module towards its softmax, which reads learned sinks, one per query head, off it: those of
+    the heads that keep it.
 
     Args:
         module (`nn.Module`): The attention module.

@@ -41,8 +41,8 @@ def hybrid_attention_forward(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
 ):
     """
-    What converted modules call instead of a softmax. Layout of the attention interface: `[B, H, T, K]`; mixers use `[B, T, H, K]`, and this module is
-    the one place that converts.
+    What converted modules call instead of a softmax. Layout of the attention interface: `[B, H, T, K]`; mixers use
+    `[B, T, H, K]`, and this module is the one place that converts.
 
     Args:
         module (`HybridAttentionMixin`): The layer.
@@ -167,7 +167,10 @@ def _mix(module, call: LayerCall, inputs: MixerInputs) -> torch.Tensor:
 
 
 def _read_mask(module, call: LayerCall, mask, valid, query, offset, kwargs) -> torch.Tensor | None:
-    """Packed sequences among new tokens, `[B, T]`, and a refusal of masks that the layer could not follow. `query` is `[B, T, H, K]`."""
+    """
+    Packed sequences among new tokens, `[B, T]`, and a refusal of masks that the layer could not follow. `query` is `[B,
+    T, H, K]`.
+    """
     layer, causal = call.cache_layer, module.hybrid.causal
     span = Span.of(module, getattr(module, "_hybrid_host_config", None))
     segments = None
@@ -196,25 +199,29 @@ def _check_call(module, call: LayerCall, query, key) -> None:
     mixer, name, site = module.hybrid, type(module).__name__, module.hybrid_site
     if call.count > 1 and (mixer.causal or call.cache_layer is not None):
         raise UnsupportedModelError(
-            f"{name}: attention is called {call.count} times in one forward. A causal linear layer has one state, which would take in the tokens "
+            f"{name}: attention is called {call.count} times in one forward. A causal linear layer has one state, "
+            "which would take in the tokens "
             "twice. Leave the layer out of `layers`."
         )
     if key.shape[1] != query.shape[1]:
         raise UnsupportedModelError(
-            f"{name}: a linear layer attends from a sequence to itself; got {query.shape[1]} queries and {key.shape[1]} keys. Keys of another sequence "
+            f"{name}: a linear layer attends from a sequence to itself; got {query.shape[1]} queries and "
+            f"{key.shape[1]} keys. Keys of another sequence "
             "(cross-attention, shared keys, prefix tuning) cannot be mixed in."
         )
     hidden_states = call.hidden_states
     if mixer.needs_hidden_states and hidden_states.shape[:2] != query.shape[:2]:
         raise UnsupportedModelError(
-            f"{name}: {mixer.config_class.name} makes its gates from the layer's input of shape {list(hidden_states.shape)}, which does not fit queries of "
+            f"{name}: {mixer.config_class.name} makes its gates from the layer's input of shape "
+            f"{list(hidden_states.shape)}, which does not fit queries of "
             f"shape {list(query.shape)}. Use linear_attention or sliding_window here."
         )
     heads = len(call.linear_heads) or site.num_key_value_heads
     expected = site.head_dim, heads * mixer.groups, heads
     if (query.shape[-1], query.shape[2], key.shape[2]) != expected:
         raise CheckpointError(
-            f"{name}: the config says {expected[1]} query heads, {expected[2]} key-value heads of size {expected[0]}; the layer has "
+            f"{name}: the config says {expected[1]} query heads, {expected[2]} key-value heads of size {expected[0]}; "
+            "the layer has "
             f"{query.shape[2]}, {key.shape[2]} of size {query.shape[-1]}. The config was edited."
         )
 

@@ -1,8 +1,10 @@
-"""The converted attention layer: the host's own layer, a mixer beside it, and a switch that says which key-value heads run through the mixer.
+"""The converted attention layer: the host's own layer, a mixer beside it, and a switch that says which key-value heads
+run through the mixer.
 
-A converted module keeps its class (as a base), its parameters and their names. Its config is a shallow copy whose attention implementation is
-ours, so that the host's own code computes queries, keys and values and then calls `interception.hybrid_attention_forward`, and its `forward`
-first notes what the attention interface does not pass: the layer's input and its cache.
+A converted module keeps its class (as a base), its parameters and their names. Its config is a shallow copy whose
+attention implementation is ours, so that the host's own code computes queries, keys and values and then calls
+`interception.hybrid_attention_forward`, and its `forward` first notes what the attention interface does not pass: the
+layer's input and its cache.
 
 Converting, distilling, searching, saving, sharding and adapters only read or set the switch (`linear_heads`).
 """
@@ -55,8 +57,10 @@ class LayerCall:
         position_ids (`torch.Tensor`, *optional*): As the layer is given them.
         linear_heads (`tuple[int, ...]`): Key-value heads that run through the mixer in this call.
         cache_layer (`HybridLinearLayer`, *optional*): Where the state is kept.
-        mask_offset (`int` or `torch.Tensor`, *optional*): Place of the first new token on the mask's key axis, where a static cache says so.
-        observer (`LocalObjective`, *optional*): Is shown queries, keys, values and the softmax's output; all heads keep their softmax then.
+        mask_offset (`int` or `torch.Tensor`, *optional*): Place of the first new token on the mask's key axis, where a
+            static cache says so.
+        observer (`LocalObjective`, *optional*): Is shown queries, keys, values and the softmax's output; all heads keep
+            their softmax then.
         count (`int`): How often the host has called attention so far.
     """
 
@@ -71,17 +75,22 @@ class LayerCall:
 
 class HybridAttentionMixin:
     """
-    Put in front of a host's attention class. Overrides nothing but `forward`, which notes the call on the module: one forward at a time per module, as
-    everywhere in transformers.
+    Put in front of a host's attention class. Overrides nothing but `forward`, which notes the call on the module: one
+    forward at a time per module, as everywhere in transformers.
 
     Attributes:
         hybrid (`LinearMixer`): The mixer. Its `heads` are the key-value heads that can be linear.
-        linear_heads (`tuple[int, ...]`): The switch: the key-value heads that are. `()` runs the host's softmax, bit for bit.
-        hybrid_site (`AttentionSite`), hybrid_config (`MixerConfig`): Sizes of the layer and settings of the mixer, for checkpoints.
-        hybrid_delta (`nn.ModuleDict` or `None`): Trained differences to the layer's projections, by name; they act where all heads are linear.
+        linear_heads (`tuple[int, ...]`): The switch: the key-value heads that are. `()` runs the host's softmax, bit
+            for bit.
+        hybrid_site (`AttentionSite`), hybrid_config (`MixerConfig`): Sizes of the layer and settings of the mixer, for
+            checkpoints.
+        hybrid_delta (`nn.ModuleDict` or `None`): Trained differences to the layer's projections, by name; they act
+            where all heads are linear.
         local_objective (`LocalObjective` or `None`): Runs the layer while the model is distilled.
-        custom_masks (`CustomMasks` or `None`): Masks that were given to this forward of the model as they are, to be looked at.
-        last_valid (`torch.Tensor` or `None`): Which tokens of the mixer's last call existed, bool `[B, T]`; `None` for all of them.
+        custom_masks (`CustomMasks` or `None`): Masks that were given to this forward of the model as they are, to be
+            looked at.
+        last_valid (`torch.Tensor` or `None`): Which tokens of the mixer's last call existed, bool `[B, T]`; `None` for
+            all of them.
         positions_given (`bool`): Whether the model was given `position_ids`, which may be those of packed rows.
     """
 
@@ -131,7 +140,8 @@ class HybridAttentionMixin:
         port = self._hybrid_port
         if port is not None and self._split(linear_heads) is not None:
             raise UnsupportedModelError(
-                f"{type(self).__name__}: the family computes its softmax inline, where heads cannot be taken out. Make all heads of the layer linear, or none."
+                f"{type(self).__name__}: the family computes its softmax inline, where heads cannot be taken out. Make "
+                "all heads of the layer linear, or none."
             )
         if port is None:
             run = super().forward
@@ -184,7 +194,10 @@ def is_hybrid_attention(module: nn.Module) -> bool:
 
 
 def hybrid_layers(model: nn.Module) -> dict[str, HybridAttentionMixin]:
-    """The converted layers of a model by the name of their site, in the model's order. PEFT's wrappers are not part of names."""
+    """
+    The converted layers of a model by the name of their site, in the model's order. PEFT's wrappers are not part of
+    names.
+    """
     found: dict[str, HybridAttentionMixin] = {}
     for name, module in model.named_modules():
         if is_hybrid_attention(module):
@@ -202,7 +215,10 @@ _ATTENTION_CLASSES: dict[type, type] = {}
 
 
 def hybrid_attention_class(base: type) -> type:
-    """`Hybrid<Attention>` for a host's attention class; built once, found again by pickle under a name that spells its origin."""
+    """
+    `Hybrid<Attention>` for a host's attention class; built once, found again by pickle under a name that spells its
+    origin.
+    """
     if issubclass(base, HybridAttentionMixin):
         return base
     if base not in _ATTENTION_CLASSES:
@@ -221,7 +237,10 @@ def hybrid_attention_class(base: type) -> type:
 
 
 def __getattr__(qualname: str):
-    """Attention classes by the name that `hybrid_attention_class` gave them, in a process that did not build them yet (pickle)."""
+    """
+    Attention classes by the name that `hybrid_attention_class` gave them, in a process that did not build them yet
+    (pickle).
+    """
     module_name, separator, name = qualname.rpartition("__")
     if not separator or not module_name or qualname.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {qualname!r}")
@@ -235,7 +254,8 @@ def __getattr__(qualname: str):
     base = getattr(module, name, None)
     if not (isinstance(base, type) and issubclass(base, nn.Module)):
         raise AttributeError(
-            f"module {__name__!r} has no attribute {qualname!r}: {module_name} has no such attention class, or is not imported"
+            f"module {__name__!r} has no attribute {qualname!r}: {module_name} has no such attention class, or is not "
+            "imported"
         )
     return hybrid_attention_class(base)
 
@@ -270,8 +290,8 @@ def convert_attention_(module: nn.Module, mixer: LinearMixer, site: AttentionSit
         module (`nn.Module`): The attention.
         mixer (`LinearMixer`): Built for `site`, or some of its heads.
         site (`AttentionSite`): Its sizes.
-        register (`bool`, *optional*, defaults to `True`): Whether the mixer's parameters become the module's, under `hybrid.*`. `False` where somebody
-            else holds them (an adapter).
+        register (`bool`, *optional*, defaults to `True`): Whether the mixer's parameters become the module's, under
+            `hybrid.*`. `False` where somebody else holds them (an adapter).
     """
     host_config = getattr(module, "config", None)
     check_own_forward(module)
@@ -315,7 +335,8 @@ def restore_attention_(module: nn.Module) -> None:
 def check_own_forward(module: nn.Module) -> None:
     """
     Raises:
-        UnsupportedModelError: If somebody put a `forward` on the instance itself, around which a conversion would not go.
+        UnsupportedModelError: If somebody put a `forward` on the instance itself, around which a conversion would not
+            go.
     """
     known = (
         "_old_forward",
@@ -323,13 +344,17 @@ def check_own_forward(module: nn.Module) -> None:
     )  # accelerate's hooks and its mixed precision, which `rebind_forward_` follows
     if "forward" in module.__dict__ and not any(name in module.__dict__ for name in known):
         raise UnsupportedModelError(
-            f"{type(module).__name__} has a forward of its own on the instance (something patched it), which a converted class would not run. Take it off "
+            f"{type(module).__name__} has a forward of its own on the instance (something patched it), which a "
+            "converted class would not run. Take it off "
             "(`del module.forward`), or convert first and patch afterwards."
         )
 
 
 def rebind_forward_(module: nn.Module) -> None:
-    """After a change of the module's class: wrappers that accelerate put on the instance must not run the former class's forward."""
+    """
+    After a change of the module's class: wrappers that accelerate put on the instance must not run the former class's
+    forward.
+    """
     if (
         "_original_forward" in module.__dict__
     ):  # mixed precision of a training that is over; the next one puts it on again

@@ -22,8 +22,8 @@ def execution_device(module: nn.Module) -> torch.device:
 def check_not_preloaded(model: nn.Module, sites: list[str]) -> None:
     """
     Raises:
-        UnsupportedModelError: If one hook on a site, or around it, fetches the weights of all parts inside (`preload_module_classes`): it would look for
-            those of a mixer, too, where they are not.
+        UnsupportedModelError: If one hook on a site, or around it, fetches the weights of all parts inside
+            (`preload_module_classes`): it would look for those of a mixer, too, where they are not.
     """
     for site in sites:
         pieces = site.split(".")
@@ -33,15 +33,17 @@ def check_not_preloaded(model: nn.Module, sites: list[str]) -> None:
             for one in getattr(hook, "hooks", (hook,)):
                 if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
                     raise UnsupportedModelError(
-                        f"{path or type(model).__name__} is offloaded as a whole (preload_module_classes). Offload the model without that, or convert it before "
+                        f"{path or type(model).__name__} is offloaded as a whole (preload_module_classes). Offload the "
+                        "model without that, or convert it before "
                         "it is offloaded."
                     )
 
 
 def load_offloaded_mixer_whole(mixer: LinearMixer) -> None:
     """
-    Offloaded weights come back when the module that holds them is called. A mixer reads those of its feature maps and gates without calling them:
-    its own hook fetches them all. Does nothing where nothing is offloaded, and the second time.
+    Offloaded weights come back when the module that holds them is called. A mixer reads those of its feature maps and
+    gates without calling them: its own hook fetches them all. Does nothing where nothing is offloaded, and the second
+    time.
     """
     if not any("_hf_hook" in part.__dict__ for part in mixer.modules()):
         return

@@ -1,4 +1,6 @@
-"""T5's position bias: one layer computes it for all layers of its stack. Where nobody reads it, it need not be computed."""
+"""
+T5's position bias: one layer computes it for all layers of its stack. Where nobody reads it, it need not be computed.
+"""
 
 import torch
 from torch import nn
@@ -7,8 +9,9 @@ from transformers import PreTrainedModel
 
 class OwnsPositionBias:
     """
-    Put in front of the hybrid class of T5's attention, one layer of which computes a position bias [1, H, T, KV] for all layers of its stack. Where all of
-    them are linear nobody reads it: 32,768 tokens and 8 heads would be 32 GiB of it.
+    Put in front of the hybrid class of T5's attention, one layer of which computes a position bias [1, H, T, KV] for
+    all layers of its stack. Where all of them are linear nobody reads it: 32,768 tokens and 8 heads would be 32 GiB of
+    it.
     """
 
     # the other layers of the stack; `None`: not known, they may read it
@@ -39,7 +42,9 @@ def note_bias_readers_(model: nn.Module) -> None:
 
 
 def _reads_bias_of(owner: nn.Module, layer: nn.Module) -> bool:
-    """Layers of the stack without a bias of their own; cross-attention, not causal in a causal stack, begins with zeros."""
+    """
+    Layers of the stack without a bias of their own; cross-attention, not causal in a causal stack, begins with zeros.
+    """
     same_kind = getattr(layer, "is_causal", None) == getattr(owner, "is_causal", None)
     return same_kind and not getattr(layer, "has_relative_attention_bias", True)
 

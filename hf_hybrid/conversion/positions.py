@@ -1,4 +1,7 @@
-"""Positions of left-padded rows, where nobody gave any: as `generate` makes them, so that padding in front changes nothing."""
+"""
+Positions of left-padded rows, where nobody gave any: as `generate` makes them, so that padding in front changes
+nothing.
+"""
 
 import inspect
 
@@ -12,8 +15,8 @@ def with_positions(model: nn.Module, args: tuple, kwargs: dict) -> dict:
     """
     Keyword arguments of a forward, with `position_ids` where they are missing and the mask [B, T] has padding in front.
 
-    A rotary softmax does not notice where a row begins; features and gates do. Hosts that embed positions themselves, or make their own of pictures, are
-    left alone: there the untouched model notices too.
+    A rotary softmax does not notice where a row begins; features and gates do. Hosts that embed positions themselves,
+    or make their own of pictures, are left alone: there the untouched model notices too.
     """
     mask = kwargs.get("attention_mask")
     if torch.compiler.is_compiling() or not torch.is_tensor(mask) or mask.ndim != 2 or mask.device.type == "meta":

@@ -35,7 +35,8 @@ class LowRankDelta(nn.Module):
 
 class FullDelta(nn.Module):
     """
-    $W + D$ with a `D` of the same shape that starts at zero: a copy of `W` that trains, in fp32 whatever the model's type.
+    $W + D$ with a `D` of the same shape that starts at zero: a copy of `W` that trains, in fp32 whatever the model's
+    type.
 
     Args:
         weight (`torch.Tensor`): `W`.
@@ -55,8 +56,8 @@ class FullDelta(nn.Module):
 
 def new_deltas(attention: nn.Module, projections: str, rank: int) -> nn.ModuleDict | None:
     """
-    Differences to the parameters of an attention module, by their names with `__` for dots: of `"low_rank"` to the weights of its projections, of `"full"` to
-    everything; `None` for `"shared"`.
+    Differences to the parameters of an attention module, by their names with `__` for dots: of `"low_rank"` to the
+    weights of its projections, of `"full"` to everything; `None` for `"shared"`.
     """
     if projections == "shared":
         return None

@@ -31,8 +31,9 @@ def is_published(path: str, layer: HybridAttentionMixin, dtype: torch.dtype) -> 
 
 def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
     """
-    The tensors of the hybrid as the switch stands: no mixers of heads that are not linear, projections with their trained differences, everything in the
-    model's type and under the host's names, also where an adapter holds the mixers.
+    The tensors of the hybrid as the switch stands: no mixers of heads that are not linear, projections with their
+    trained differences, everything in the model's type and under the host's names, also where an adapter holds the
+    mixers.
 
     Args:
         model (`nn.Module`): The hybrid, also while it is distilled.
@@ -63,7 +64,10 @@ def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = No
 
 
 def _taken(state, model: nn.Module, path: str, owner: str, layer: HybridAttentionMixin) -> tuple[dict, dict]:
-    """Tensors of the layer's mixer and of its differences, taken out of `state`, and with them those of adapters that are not active."""
+    """
+    Tensors of the layer's mixer and of its differences, taken out of `state`, and with them those of adapters that are
+    not active.
+    """
     if owner == path:
         return _take(state, f"{path}.hybrid."), _take(state, f"{path}.hybrid_delta.")
     held = model.get_submodule(owner).hybrid_mixer

@@ -9,8 +9,9 @@ from .layer import check_heads
 
 def check_selection(layers, sites: list[AttentionSite], where: str) -> list[AttentionSite]:
     """
-    The sites that `layers` selects: `None` for all, an iterable of indices and names, or a predicate on [`AttentionSite`]. A name is that of a site,
-    of a module around sites (`"model.vision_tower"`), or of a part (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`).
+    The sites that `layers` selects: `None` for all, an iterable of indices and names, or a predicate on
+    [`AttentionSite`]. A name is that of a site, of a module around sites (`"model.vision_tower"`), or of a part
+    (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`).
 
     Raises:
         HybridConfigError: If an index is out of range or a name is not a site.
@@ -28,7 +29,8 @@ def check_selection(layers, sites: list[AttentionSite], where: str) -> list[Atte
             if isinstance(layer, int):
                 if not -len(sites) <= layer < len(sites):
                     raise HybridConfigError(
-                        f"layers: index must be in 0..{len(sites) - 1} for the {len(sites)} attention sites of {where}; got {layer}."
+                        f"layers: index must be in 0..{len(sites) - 1} for the {len(sites)} attention sites of "
+                        f"{where}; got {layer}."
                     )
                 selected = [sites[layer]]
             elif layer in by_name:
@@ -39,7 +41,8 @@ def check_selection(layers, sites: list[AttentionSite], where: str) -> list[Atte
                 parts = sorted({site.part for site in sites if site.part})
                 raise HybridConfigError(
                     f"layers: {layer!r} is not an attention site of {where}, nor around one, nor one of its parts "
-                    f"({', '.join(parts)}).{closest(str(layer), [*by_name, *parts])} Use find_attention_sites(model) to see them."
+                    f"({', '.join(parts)}).{closest(str(layer), [*by_name, *parts])} Use find_attention_sites(model) "
+                    "to see them."
                 )
             chosen.extend(site for site in selected if site not in chosen)
     if not chosen:
@@ -54,11 +57,12 @@ def select_heads(
     layers, heads: Mapping | None, sites: list[AttentionSite], where: str
 ) -> dict[str, tuple[AttentionSite, tuple[int, ...]]]:
     """
-    The sites that `layers` selects and the key-value heads of each, by name: those that `heads` names, all of them where it does not. Without `layers`,
-    the layers that `heads` names.
+    The sites that `layers` selects and the key-value heads of each, by name: those that `heads` names, all of them
+    where it does not. Without `layers`, the layers that `heads` names.
 
     Raises:
-        HybridConfigError: If a layer or a head does not exist, is named twice, or heads are given for a layer that is not selected.
+        HybridConfigError: If a layer or a head does not exist, is named twice, or heads are given for a layer that is
+            not selected.
         NoMatchingAttentionError: If nothing is selected.
     """
     if heads is None:
@@ -74,7 +78,8 @@ def select_heads(
         for site in check_selection([layer], sites, where):
             if site.name not in selected:
                 raise HybridConfigError(
-                    f"heads: {site.name} of {where} is not among the selected layers. Add it to `layers`, or leave `layers` out."
+                    f"heads: {site.name} of {where} is not among the selected layers. Add it to `layers`, or leave "
+                    "`layers` out."
                 )
             if site.name in named:
                 raise HybridConfigError(f"heads: {site.name} of {where} is named twice. Name each layer once.")

@@ -23,34 +23,38 @@ class HybridTrainingArguments(TrainingArguments):
     > Parameters that control the students
 
         layers (`str`, *optional*):
-            Attention sites to distil, as a list of indices and names or a comma-separated string; all of them by default.
+            Attention sites to distil, as a list of indices and names or a comma-separated string; all of them by
+            default.
         projections (`str`, *optional*, defaults to `"shared"`):
-            What trains beside the mixers: nothing (`"shared"`), low-rank differences to the attention's projections (`"low_rank"`), or copies of
-            them (`"full"`).
+            What trains beside the mixers: nothing (`"shared"`), low-rank differences to the attention's projections
+            (`"low_rank"`), or copies of them (`"full"`).
         projection_rank (`int`, *optional*, defaults to 8):
             Rank of those differences.
         projection_learning_rate (`float`, *optional*):
-            Learning rate of what is added to the projections. By default that of the mixers for `"low_rank"`, and 1e-4 for `"full"`: weights of the size
-            of the model's own do not stand the mixers' rate.
+            Learning rate of what is added to the projections. By default that of the mixers for `"low_rank"`, and 1e-4
+            for `"full"`: weights of the size of the model's own do not stand the mixers' rate.
         initialization (`str`, *optional*, defaults to `"all"`):
-            What fresh mixers take from the pretrained layer: `"all"`, `"none"`, or comma-separated names. `identity_maps`: learned feature maps start as
-            the identity; `quiet_state`: beside a window, the state starts at next to no weight; `neutral_gates`: output gates start at 1;
-            `half_lives` and `output_scale`: how long and how loud a state speaks is read off the layer's own softmax, see [`calibrate_mixers`].
+            What fresh mixers take from the pretrained layer: `"all"`, `"none"`, or comma-separated names.
+            `identity_maps`: learned feature maps start as the identity; `quiet_state`: beside a window, the state
+            starts at next to no weight; `neutral_gates`: output gates start at 1; `half_lives` and `output_scale`: how
+            long and how loud a state speaks is read off the layer's own softmax, see [`calibrate_mixers`].
         calibration_batches (`int`, *optional*, defaults to 2):
             Training batches for the last two.
         window_dropout (`float`, *optional*, defaults to 0.0):
-            Share of training forwards, drawn per layer, in which a mixer does without its window, so that its state learns to do without.
+            Share of training forwards, drawn per layer, in which a mixer does without its window, so that its state
+            learns to do without.
 
     > Parameters that control the text
 
         dataset_text_field (`str`, *optional*, defaults to `"text"`):
             Column of a dataset that is not tokenised yet (has no `input_ids`).
         max_length (`int`, *optional*, defaults to 1024):
-            Tokens per training sequence when such a dataset is packed. A linear layer learns to look as far back as it is trained.
+            Tokens per training sequence when such a dataset is packed. A linear layer learns to look as far back as it
+            is trained.
 
     Changed defaults:
-        `learning_rate` 1e-2 (mixers are few and start useful; measured), `lr_scheduler_type` cosine, `warmup_steps` 3, `weight_decay` 0,
-        `adam_beta2` 0.95, `logging_steps` 10,
+        `learning_rate` 1e-2 (mixers are few and start useful; measured), `lr_scheduler_type` cosine, `warmup_steps` 3,
+        `weight_decay` 0, `adam_beta2` 0.95, `logging_steps` 10,
         `logging_nan_inf_filter` False (a NaN is an error, not something to skip), `save_only_model` False.
     """
 

@@ -1,7 +1,7 @@
 """Starting values of mixers, read off the pretrained layers on a little text.
 
-A mixer has to be told two things that copying projections does not: how long the layer remembers, and how loud it speaks. Both are in the layer's
-own softmax.
+A mixer has to be told two things that copying projections does not: how long the layer remembers, and how loud it
+speaks. Both are in the layer's own softmax.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +18,11 @@ from ..mixers import LinearMixer
 
 logger = logging.get_logger(__name__)
 
-# Least squares may ask for nothing at all, or for the opposite sign, where a state says nothing yet: it stays in the graph.
+# Least squares may ask for nothing at all, or for the opposite sign, where a state says nothing yet: it stays in the
+# graph.
 SCALE_RANGE = (1e-3, 1e3)
-# First tokens of a sequence, on which heads leave the mass they have no use for (StreamingLLM): it says nothing of how long a layer remembers.
+# First tokens of a sequence, on which heads leave the mass they have no use for (StreamingLLM): it says nothing of how
+# long a layer remembers.
 NUM_SINKS = 4
 # Queries whose attention weights are held at a time.
 QUERIES = 256
@@ -36,18 +38,21 @@ def calibrate_mixers(
     """
     Set the starting values of the mixers of a model that is being distilled, or was converted, in place.
 
-    - `half_lives`: a decay forgets one half in as many tokens as hold one half of what the layer's softmax looks at, per state, without the mass on
-      the first four tokens of a sequence: `softplus(bias) = ln 2 / d` (`gla`, `gated_delta_net`, `kimi_delta`, `jet_block`).
-    - `output_scale`: what the state adds to the output, $y_S$, is multiplied, per query head, by the factor that brings the whole closest to the
-      softmax's output $y_T$, given what the window adds, $y_W$: $\\langle y_T - y_W, y_S \\rangle / \\langle y_S, y_S \\rangle$ (the mixers above,
-      `lightning`, and `linear_attention` without a window).
+    - `half_lives`: a decay forgets one half in as many tokens as hold one half of what the layer's softmax looks at,
+      per state, without the mass on the first four tokens of a sequence: `softplus(bias) = ln 2 / d` (`gla`,
+      `gated_delta_net`, `kimi_delta`, `jet_block`).
+    - `output_scale`: what the state adds to the output, $y_S$, is multiplied, per query head, by the factor that brings
+      the whole closest to the softmax's output $y_T$, given what the window adds, $y_W$: $\\langle y_T - y_W, y_S
+      \\rangle / \\langle y_S, y_S \\rangle$ (the mixers above, `lightning`, and `linear_attention` without a window).
 
     Mixers that have neither are left as they are, and cost nothing here.
 
     Args:
         model (`PreTrainedModel`): Of `prepare_distillation_` or `convert_to_hybrid`, before training.
-        batches (`Iterable[dict]`): Inputs of the model; a few thousand tokens do. Padded and packed rows are read as what they are.
-        half_lives (`bool`, *optional*, defaults to `True`), output_scale (`bool`, *optional*, defaults to `True`): What to set.
+        batches (`Iterable[dict]`): Inputs of the model; a few thousand tokens do. Padded and packed rows are read as
+            what they are.
+        half_lives (`bool`, *optional*, defaults to `True`), output_scale (`bool`, *optional*, defaults to `True`): What
+            to set.
 
     Raises:
         HybridConfigError: If there are no mixers or no batches.
@@ -72,7 +77,8 @@ def calibrate_mixers(
             seen = per_state.sum(-1, keepdim=True) > 0
             if not seen.any():
                 logger.warning(
-                    f"No token of the calibration batches looks at anything but the first {NUM_SINKS} of its sequence: too short to say how long layers "
+                    f"No token of the calibration batches looks at anything but the first {NUM_SINKS} of its sequence: "
+                    "too short to say how long layers "
                     "remember. Decays keep their starting values."
                 )
                 break
@@ -147,8 +153,8 @@ def _observe(
 
 def _attention_weights(call: Call, causal: bool) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """
-    The softmax the mixer stands in for, a few queries of one row at a time: `(row, queries, [H, Q, T] fp32)`. Tokens that do not exist get and give
-    nothing; packed sequences do not see each other.
+    The softmax the mixer stands in for, a few queries of one row at a time: `(row, queries, [H, Q, T] fp32)`. Tokens
+    that do not exist get and give nothing; packed sequences do not see each other.
     """
     batch, length, num_heads, head_dim = call.query.shape
     position = torch.arange(length, device=call.query.device)
@@ -180,7 +186,10 @@ def _rank_in_sequence(call: Call) -> torch.Tensor:
 
 
 def look_back_histogram(mixer: LinearMixer, call: Call) -> torch.Tensor:
-    """Attention mass by distance, `[H, T]` fp64: entry d is the mass on the token d positions back. Without the mass on the sinks."""
+    """
+    Attention mass by distance, `[H, T]` fp64: entry d is the mass on the token d positions back. Without the mass on
+    the sinks.
+    """
     batch, length, num_heads, _ = call.query.shape
     sinks = _rank_in_sequence(call) < NUM_SINKS
     position = torch.arange(length, device=call.query.device)
@@ -193,7 +202,9 @@ def look_back_histogram(mixer: LinearMixer, call: Call) -> torch.Tensor:
 
 
 def median_distance(histogram: torch.Tensor) -> torch.Tensor:
-    """Distance within which one half of the mass lies, between tokens by interpolation, at least 1: `[.., T]` -> `[..]`."""
+    """
+    Distance within which one half of the mass lies, between tokens by interpolation, at least 1: `[.., T]` -> `[..]`.
+    """
     cumulative = histogram.cumsum(-1) / histogram.sum(-1, keepdim=True).clamp_min(1e-12)
     index = (cumulative < 0.5).sum(-1, keepdim=True).clamp_max(histogram.shape[-1] - 1)
     upper = cumulative.gather(-1, index)

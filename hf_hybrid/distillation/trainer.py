@@ -60,16 +60,17 @@ logger = logging.get_logger(__name__)
 
 class HybridTrainer(Trainer):
     """
-    Trains a mixer beside every attention layer of a frozen model, each on the layer's own queries, keys, values and outputs
-    ([blockwise local distillation](https://huggingface.co/papers/2411.19146)), and saves the result as a hybrid checkpoint. With a
-    [`GreedyLayerSwapCallback`], training ends with the search for the layers to replace.
+    Trains a mixer beside every attention layer of a frozen model, each on the layer's own queries, keys, values and
+    outputs ([blockwise local distillation](https://huggingface.co/papers/2411.19146)), and saves the result as a hybrid
+    checkpoint. With a [`GreedyLayerSwapCallback`], training ends with the search for the layers to replace.
 
-    `evaluate` and `predict` are the Trainer's: they run the model as its switch stands. `train_dataset` is plain text (a `text` column is tokenised and
-    packed), chats (`messages`), or `input_ids`; its labels, if any, are not used. Teacher and hybrid are one model: nothing is held twice.
+    `evaluate` and `predict` are the Trainer's: they run the model as its switch stands. `train_dataset` is plain text
+    (a `text` column is tokenised and packed), chats (`messages`), or `input_ids`; its labels, if any, are not used.
+    Teacher and hybrid are one model: nothing is held twice.
 
     Args:
-        model (`str`, `PreTrainedModel` or `PeftModel`): The teacher; a name or path is loaded by the architecture its config names. A `PeftModel` with a
-            [`HybridPeftConfig`] brings its mixers.
+        model (`str`, `PreTrainedModel` or `PeftModel`): The teacher; a name or path is loaded by the architecture its
+            config names. A `PeftModel` with a [`HybridPeftConfig`] brings its mixers.
         mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): What replaces the softmax.
         args (`HybridTrainingArguments`, *optional*): Where to and how.
         mixer_bank (`str`, *optional*): Start from the mixers of this folder or Hub repository instead of fresh ones.
@@ -175,8 +176,10 @@ class HybridTrainer(Trainer):
         given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(parameter.requires_grad and id(parameter) in given for parameter in self.model.parameters()):
             raise HybridConfigError(
-                "HybridTrainer: optimizers[0] must hold parameters of the mixers; it holds none that train. They are made by the trainer: leave `optimizers` "
-                "out and choose by `optim` and `learning_rate`, or call prepare_distillation_(model) first and pass those with requires_grad."
+                "HybridTrainer: optimizers[0] must hold parameters of the mixers; it holds none that train. They are "
+                "made by the trainer: leave `optimizers` "
+                "out and choose by `optim` and `learning_rate`, or call prepare_distillation_(model) first and pass "
+                "those with requires_grad."
             )
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -198,16 +201,21 @@ class HybridTrainer(Trainer):
         return optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Distil, then (with a [`GreedyLayerSwapCallback`]) swap. `resume_from_checkpoint=True` continues either after an interruption."""
+        """
+        Distil, then (with a [`GreedyLayerSwapCallback`]) swap. `resume_from_checkpoint=True` continues either after an
+        interruption.
+        """
         if self.train_dataset is None:
             raise DatasetError(
-                "HybridTrainer.train: train_dataset is missing. Pass the text to distil on; the task's labels are not needed."
+                "HybridTrainer.train: train_dataset is missing. Pass the text to distil on; the task's labels are not "
+                "needed."
             )
         self._check_students_are_there()
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             name = next(iter(self.distill_sites.values())).hybrid_config.name
             raise HybridConfigError(
-                f"HybridTrainer.train: {name} has nothing to train with projections={self.args.projections!r}. Search right away with "
+                f"HybridTrainer.train: {name} has nothing to train with projections={self.args.projections!r}. Search "
+                "right away with "
                 "GreedyLayerSwapCallback(…).search(trainer), or train its projections."
             )
         # one process looks, all do the same
@@ -256,14 +264,20 @@ class HybridTrainer(Trainer):
         return TrainOutput(self.state.global_step, float("nan"), {})
 
     def _run_epoch(self, *args, **kwargs):
-        """As the Trainer's, but for a training that has taken its last step: resumed within an epoch, it would take one more."""
+        """
+        As the Trainer's, but for a training that has taken its last step: resumed within an epoch, it would take one
+        more.
+        """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _shard(self):
-        """Shard the model, if it is to be and is not yet: accelerate does so together with an optimizer, and the Trainer when it trains."""
+        """
+        Shard the model, if it is to be and is not yet: accelerate does so together with an optimizer, and the Trainer
+        when it trains.
+        """
         if self.is_fsdp_enabled and not self.accelerator._models:
             self._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
 
@@ -279,14 +293,15 @@ class HybridTrainer(Trainer):
         unreached = [name for name in names if name not in self.objective.reached]
         if unreached and len(unreached) < len(names):
             logger.warning(
-                f"No batch reached {len(unreached)} of {len(names)} attention sites, the first {unreached[0]}: their students are as they "
+                f"No batch reached {len(unreached)} of {len(names)} attention sites, the first {unreached[0]}: their "
+                "students are as they "
                 "began. Train on data that uses them (pictures, sounds), or leave them out of `layers`."
             )
 
     def _calibrate(self):
         """
-        Starting values of the mixers from a few training rows, drawn by `seed`, or the first of an iterable dataset. The same on every process, and
-        on any number of them that share the rows of a step.
+        Starting values of the mixers from a few training rows, drawn by `seed`, or the first of an iterable dataset.
+        The same on every process, and on any number of them that share the rows of a step.
         """
         wanted = {name: name in self.args.initializations for name in ("half_lives", "output_scale")}
         if not any(wanted.values()):
@@ -318,7 +333,8 @@ class HybridTrainer(Trainer):
     def _check_students_are_there(self):
         if not self._in_distillation():
             raise HybridConfigError(
-                "HybridTrainer.train: the model was finalized; there are no students left to train. Make a new HybridTrainer."
+                "HybridTrainer.train: the model was finalized; there are no students left to train. Make a new "
+                "HybridTrainer."
             )
 
     def check_output_folder(self) -> None:
@@ -333,7 +349,8 @@ class HybridTrainer(Trainer):
         ]
         if ours:
             raise OutputFolderError(
-                f"output_dir={folder!r} holds another run ({', '.join(ours[:4])}). Pass resume_from_checkpoint=True to continue it, or choose "
+                f"output_dir={folder!r} holds another run ({', '.join(ours[:4])}). Pass resume_from_checkpoint=True to "
+                "continue it, or choose "
                 "another folder."
             )
 
@@ -345,7 +362,8 @@ class HybridTrainer(Trainer):
         if not bool(torch.isfinite(losses).all()):
             bad = [name for name, loss in zip(self.distill_sites, losses.tolist(), strict=True) if not _finite(loss)]
             raise MetricError(
-                f"step {self.state.global_step}: the local loss of {bad[0]} must be finite; {len(bad)} of {len(losses)} sites are not. Lower "
+                f"step {self.state.global_step}: the local loss of {bad[0]} must be finite; {len(bad)} of "
+                f"{len(losses)} sites are not. Lower "
                 f"learning_rate={self.args.learning_rate}, or look for NaN in the teacher's activations."
             )
         heads = outputs["head_losses"]
@@ -458,8 +476,8 @@ class HybridTrainer(Trainer):
 
     def save_mixer_bank(self, output_dir: str | None = None) -> None:
         """
-        Write all mixers, without the backbone, as an adapter: see [`save_mixer_bank`]. Into `mixer_bank/` of the output folder by default, since beside a
-        model transformers would load it on top. Call it on every process.
+        Write all mixers, without the backbone, as an adapter: see [`save_mixer_bank`]. Into `mixer_bank/` of the output
+        folder by default, since beside a model transformers would load it on top. Call it on every process.
         """
         folder = output_dir or self._bank_folder
         tensors = student_state(self.unwrapped)  # gathered from all ranks where it is sharded
@@ -469,16 +487,21 @@ class HybridTrainer(Trainer):
                 self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
     def finalize(self) -> PreTrainedModel:
-        """Make the model the hybrid, in place: heads that are linear keep their mixers, the others their softmax. Ends distillation."""
+        """
+        Make the model the hybrid, in place: heads that are linear keep their mixers, the others their softmax. Ends
+        distillation.
+        """
         model = self.unwrapped
         if self._in_distillation():
             if isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PeftModel):
                 raise HybridConfigError(
-                    "HybridTrainer.finalize: the mixers belong to an adapter. Call merge_and_unload() of the PeftModel, or save_model()."
+                    "HybridTrainer.finalize: the mixers belong to an adapter. Call merge_and_unload() of the "
+                    "PeftModel, or save_model()."
                 )
             if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
                 raise HybridConfigError(
-                    "HybridTrainer.finalize: the weights are sharded. Call save_model(folder) on every process, and load the folder with from_pretrained."
+                    "HybridTrainer.finalize: the weights are sharded. Call save_model(folder) on every process, and "
+                    "load the folder with from_pretrained."
                 )
             finalize_(model)
             self._restore_use_cache(model)
@@ -490,10 +513,16 @@ class HybridTrainer(Trainer):
             model.config.use_cache = self._teacher_use_cache
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        """Nothing to push: a checkpoint of a distillation holds mixers, not a model. `push_to_hub` publishes the hybrid at the end."""
+        """
+        Nothing to push: a checkpoint of a distillation holds mixers, not a model. `push_to_hub` publishes the hybrid at
+        the end.
+        """
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Evaluations during distillation run the teacher: no checkpoint is better than another, and the last is the one to keep."""
+        """
+        Evaluations during distillation run the teacher: no checkpoint is better than another, and the last is the one
+        to keep.
+        """
         return super()._determine_best_metric(metrics, trial) if not self._in_distillation() else False
 
     def _save_checkpoint(self, model, trial):
@@ -520,7 +549,8 @@ class HybridTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the hybrid as the switch stands (inside a training checkpoint: the mixers, as an adapter). Call it on every process; the main one writes.
+        Save the hybrid as the switch stands (inside a training checkpoint: the mixers, as an adapter). Call it on every
+        process; the main one writes.
         """
         if not self._in_distillation():
             super().save_model(output_dir, _internal_call)
@@ -569,14 +599,18 @@ class HybridTrainer(Trainer):
         ]
         if changed:
             raise CheckpointError(
-                f"{folder} was written with other students ({', '.join(changed)} differ). Use the mixer and projections of that "
+                f"{folder} was written with other students ({', '.join(changed)} differ). Use the mixer and "
+                "projections of that "
                 "run, or another folder."
             )
         load_student_state(model, tensors, str(folder))
         set_linear_heads_(model, {name: heads for name, heads in (config.linear_heads or {}).items() if name in sites})
 
     def create_model_card(self, *args, **kwargs):
-        """Write `README.md`: the hybrid's own card, with the search's result. (Same arguments as the Trainer's; they are not needed.)"""
+        """
+        Write `README.md`: the hybrid's own card, with the search's result. (Same arguments as the Trainer's; they are
+        not needed.)
+        """
         if self.is_world_process_zero():
             self.unwrapped.refresh_hybrid_config()
             write_model_card(self.unwrapped, self.args.output_dir, report=self.swap_report)
@@ -591,7 +625,8 @@ def _check_arguments(mixer, args) -> None:
     """Refuse what means nothing in a distillation, before anything is loaded or changed."""
     if isinstance(mixer, transformers.TrainingArguments):
         raise HybridConfigError(
-            f"HybridTrainer: the second argument is the mixer; got {type(mixer).__name__}. Pass the arguments by name: HybridTrainer(model, args=args)."
+            f"HybridTrainer: the second argument is the mixer; got {type(mixer).__name__}. Pass the arguments by name: "
+            "HybridTrainer(model, args=args)."
         )
     if not isinstance(args, HybridTrainingArguments):
         raise HybridConfigError(f"HybridTrainer: args must be HybridTrainingArguments; got {type(args).__name__}.")
@@ -607,7 +642,8 @@ def _check_arguments(mixer, args) -> None:
         )
     if args.n_gpu > 1:
         raise HybridConfigError(
-            f"HybridTrainer: one process cannot train on {args.n_gpu} GPUs (DataParallel copies the model without its students). Start it with "
+            f"HybridTrainer: one process cannot train on {args.n_gpu} GPUs (DataParallel copies the model without its "
+            "students). Start it with "
             "`accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
         )
     _check_sharding(args)
@@ -625,17 +661,20 @@ def _check_sharding(args) -> None:
         return
     if args.projections != "shared":
         raise HybridConfigError(
-            f"HybridTrainer: projections={args.projections!r} cannot be sharded by FSDP, whose units would have to be gathered twice per layer. Use "
+            f"HybridTrainer: projections={args.projections!r} cannot be sharded by FSDP, whose units would have to be "
+            "gathered twice per layer. Use "
             "projections='shared', or DistributedDataParallel."
         )
     if is_set("activation_checkpointing"):
         raise HybridConfigError(
-            "HybridTrainer: FSDP's activation_checkpointing must be False; it recomputes whole decoder layers, which no gradient reaches. Pass "
+            "HybridTrainer: FSDP's activation_checkpointing must be False; it recomputes whole decoder layers, which "
+            "no gradient reaches. Pass "
             "activation_checkpointing=True to HybridTrainingArguments, which recomputes the mixers."
         )
     if is_set("cpu_ram_efficient_loading"):
         raise HybridConfigError(
-            "HybridTrainer: FSDP's cpu_ram_efficient_loading must be False; mixers start from the weights they stand beside, which only the first process would "
+            "HybridTrainer: FSDP's cpu_ram_efficient_loading must be False; mixers start from the weights they stand "
+            "beside, which only the first process would "
             "hold. Set it in the configuration of accelerate, or in fsdp_config."
         )
 
@@ -647,7 +686,8 @@ def _check_start(model: PreTrainedModel, mixer, mixer_bank, args) -> None:
         raise HybridConfigError("HybridTrainer: give either mixer or mixer_bank (which names its mixer); got both.")
     if mixer is not None and layers:
         raise AlreadyHybridError(
-            "HybridTrainer: the model has students already, so that mixer would be ignored. Leave mixer out to go on with them, or load the "
+            "HybridTrainer: the model has students already, so that mixer would be ignored. Leave mixer out to go on "
+            "with them, or load the "
             "teacher again."
         )
     if layers and not any(p.requires_grad for layer in layers.values() for p in layer.hybrid.parameters()):
@@ -659,15 +699,17 @@ def _check_start(model: PreTrainedModel, mixer, mixer_bank, args) -> None:
     given = model.projections if layers else None
     if (layers or mixer_bank is not None) and (args.layers is not None or args.projections not in ("shared", given)):
         raise HybridConfigError(
-            f"HybridTrainer: the students are there already (projections={given!r}), so that layers={args.layers!r} and "
+            f"HybridTrainer: the students are there already (projections={given!r}), so that layers={args.layers!r} "
+            "and "
             f"projections={args.projections!r} would be ignored. Leave them out."
         )
 
 
 def last_complete_checkpoint(folder: str) -> str | None:
     """
-    The newest checkpoint of `folder` that was written to its end, or `None`. The Trainer writes a checkpoint's state last and removes older
-    checkpoints only afterwards: a kill while saving leaves one without a readable state, and a complete one before it.
+    The newest checkpoint of `folder` that was written to its end, or `None`. The Trainer writes a checkpoint's state
+    last and removes older checkpoints only afterwards: a kill while saving leaves one without a readable state, and a
+    complete one before it.
     """
     if not os.path.isdir(folder):
         return None

@@ -1,4 +1,7 @@
-"""What transformers' Auto classes know of a hybrid, and the file through which they load it where nobody imported this package."""
+"""
+What transformers' Auto classes know of a hybrid, and the file through which they load it where nobody imported this
+package.
+"""
 
 import os
 import shutil

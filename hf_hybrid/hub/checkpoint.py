@@ -26,7 +26,9 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers, but strict: a hybrid checkpoint that lacks or has extra weights is an error, not a warning."""
+        """
+        As in transformers, but strict: a hybrid checkpoint that lacks or has extra weights is an error, not a warning.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
         cls._refuse_tensor_parallelism(kwargs)
         try:
@@ -35,7 +37,8 @@ class CheckpointMixin:
             )
         except SafetensorError as error:
             raise CheckpointError(
-                f"The weights of {pretrained_model_name_or_path!r} cannot be read: {error}. The file is truncated or damaged; save or "
+                f"The weights of {pretrained_model_name_or_path!r} cannot be read: {error}. The file is truncated or "
+                "damaged; save or "
                 "download it again."
             ) from error
         cls._check_loaded(model, info, str(pretrained_model_name_or_path), kwargs)
@@ -50,7 +53,8 @@ class CheckpointMixin:
         nested = (getattr(distributed, "tp_plan", None), getattr(distributed, "tp_size", None))
         if any(value is not None for value in given) or any(nested):
             raise UnsupportedModelError(
-                f"{cls.__name__}: mixers have parameters per head, for which the family's tensor-parallel plan has no entries. Load it without tp_plan "
+                f"{cls.__name__}: mixers have parameters per head, for which the family's tensor-parallel plan has no "
+                "entries. Load it without tp_plan "
                 "and tp_size; data parallelism and FSDP work."
             )
 
@@ -58,7 +62,8 @@ class CheckpointMixin:
     def _check_loaded(cls, model, info, where: str, kwargs):
         given = kwargs.get("config")
         own_config = given is None or getattr(given, "name_or_path", None) == where
-        # the class that was saved must find everything; another head (a classifier on a language model) brings its own, new
+        # the class that was saved must find everything; another head (a classifier on a language model) brings its own,
+        # new
         same_class = cls.__name__ in (model.config.architectures or [])
         prefix = cls.base_model_prefix + "."
         new_head_sizes = kwargs.get("ignore_mismatched_sizes", False)
@@ -80,7 +85,10 @@ class CheckpointMixin:
 
     @staticmethod
     def _load_pretrained_model(model, *args, **kwargs):
-        """As in transformers, which loads adapters by it too: one of mixers that lacks tensors, or has others, is an error, not a warning."""
+        """
+        As in transformers, which loads adapters by it too: one of mixers that lacks tensors, or has others, is an
+        error, not a warning.
+        """
         info, rest = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
         for what, keys in {"lacks": info.missing_keys, "has foreign": info.unexpected_keys}.items():
             wrong = sorted(key for key in keys if ".hybrid_mixer." in key or ".hybrid_delta." in key)
@@ -89,14 +97,15 @@ class CheckpointMixin:
                     if any(f".{name}." in key for key in wrong):
                         model.delete_adapter(name)
                 raise CheckpointError(
-                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; save or download it again."
+                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; "
+                    "save or download it again."
                 )
         return info, rest
 
     def save_pretrained(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
         """
-        As in transformers: the hybrid as the switch stands, without the mixers of heads that are not linear. Also writes the remote-code shim and a model
-        card, and leaves no half-written checkpoint behind.
+        As in transformers: the hybrid as the switch stands, without the mixers of heads that are not linear. Also
+        writes the remote-code shim and a model card, and leaves no half-written checkpoint behind.
         """
         if getattr(
             self, "_hf_peft_config_loaded", False
@@ -110,7 +119,8 @@ class CheckpointMixin:
             args, kwargs = args[:1], {**kwargs, **self._named(args[1:]), "state_dict": state}
         if not self.config.hybrid["sites"]:
             logger.warning(
-                f"{type(self).__name__}: no head of any layer is linear, so that what is saved computes what the base model does. Swap layers first "
+                f"{type(self).__name__}: no head of any layer is linear, so that what is saved computes what the base "
+                "model does. Swap layers first "
                 "(trainer.swap_layers, or a search)."
             )
         if not bound.arguments.get("is_main_process", True):
@@ -139,7 +149,8 @@ class CheckpointMixin:
             return
         if kind == "HYBRID":
             raise OutputFolderError(
-                f"{folder!r} holds an adapter of mixers, which from_pretrained would load on top of the hybrid. Choose another folder."
+                f"{folder!r} holds an adapter of mixers, which from_pretrained would load on top of the hybrid. Choose "
+                "another folder."
             )
 
     @staticmethod
@@ -149,13 +160,15 @@ class CheckpointMixin:
         return dict(zip(names, values, strict=False))
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        # transformers has put its generic card there; ours says more, but a card that is on the Hub already is somebody's own
+        # transformers has put its generic card there; ours says more, but a card that is on the Hub already is
+        # somebody's own
         if not file_exists(repo_id, CARD_FILE, token=kwargs.get("token")):
             write_model_card(self, working_dir, repo_id=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _get_files_timestamps(self, working_dir):
-        # save_pretrained(push_to_hub=True) uploads what is newer than this snapshot; the shim and card are written before it
+        # save_pretrained(push_to_hub=True) uploads what is newer than this snapshot; the shim and card are written
+        # before it
         before = super()._get_files_timestamps(working_dir)
         return {name: time for name, time in before.items() if name not in (SHIM_FILE, CARD_FILE)}
 

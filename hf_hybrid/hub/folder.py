@@ -1,4 +1,7 @@
-"""A checkpoint's folder changes from one whole checkpoint to another: never half of each, and nothing of anybody else's is touched."""
+"""
+A checkpoint's folder changes from one whole checkpoint to another: never half of each, and nothing of anybody else's is
+touched.
+"""
 
 import os
 import re
@@ -13,9 +16,9 @@ def replace_checkpoint(folder: str | os.PathLike, write: Callable[[str], None]) 
     """
     Let `write` fill a temporary folder, then move its files into `folder`.
 
-    `config.json` goes first and comes last, if it is among them: a folder without it is no checkpoint, and new weights never meet an old config. Weights
-    of an earlier save of the same variant under another layout (one file, shards) are removed, since `from_pretrained` would find them first; other
-    variants, adapters and other files stay.
+    `config.json` goes first and comes last, if it is among them: a folder without it is no checkpoint, and new weights
+    never meet an old config. Weights of an earlier save of the same variant under another layout (one file, shards) are
+    removed, since `from_pretrained` would find them first; other variants, adapters and other files stay.
     """
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:

@@ -1,8 +1,8 @@
 """What a mixer is, and the registry of mixers.
 
-A mixer replaces the softmax of one attention layer. It sees the layer's own query, key and value (after projections, norms and
-rotary embedding, key-value heads unexpanded) and returns what the softmax would have returned. It takes and returns state as plain
-tensors whose first axis is the batch; caches are somebody else's business.
+A mixer replaces the softmax of one attention layer. It sees the layer's own query, key and value (after projections,
+norms and rotary embedding, key-value heads unexpanded) and returns what the softmax would have returned. It takes and
+returns state as plain tensors whose first axis is the batch; caches are somebody else's business.
 """
 
 import copy
@@ -25,7 +25,8 @@ from .heads import query_heads, select_heads
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
     """
-    Settings of one mixer: what can be chosen. Sizes that follow from the model (heads, dims, causality) are not in here.
+    Settings of one mixer: what can be chosen. Sizes that follow from the model (heads, dims, causality) are not in
+    here.
 
     `name` is the mixer's registered name; fields are JSON values. `MixerConfig.from_dict` restores any of them.
     """
@@ -65,19 +66,21 @@ class LinearMixer(nn.Module, ABC):
         value_dim (`int`): Size `V` of values per head.
         hidden_size (`int`): Size of the layer's input, for mixers with data-dependent gates.
         causal (`bool`): Whether token t may see later tokens.
-        heads (`Sequence[int]`, *optional*): The layer's key-value heads that the mixer serves; all of them by default. From then on
-            `num_key_value_heads` and `num_heads` are counts of these and of the query heads that read them.
+        heads (`Sequence[int]`, *optional*): The layer's key-value heads that the mixer serves; all of them by default.
+            From then on `num_key_value_heads` and `num_heads` are counts of these and of the query heads that read
+            them.
         settings: The fields of the mixer's config.
 
     Raises:
-        HybridConfigError: If the heads do not divide or are not the layer's, or the mixer has no bidirectional form and `causal` is `False`.
+        HybridConfigError: If the heads do not divide or are not the layer's, or the mixer has no bidirectional form and
+            `causal` is `False`.
     """
 
     config_class: ClassVar[type[MixerConfig]]
     supports_bidirectional: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
-    # Axes of every parameter, by its name: `H` query heads, `G` key-value heads, `S` states, other letters for anything else; see `heads.py`.
-    # It is what lets a mixer run on some heads. Names may end in `*`.
+    # Axes of every parameter, by its name: `H` query heads, `G` key-value heads, `S` states, other letters for anything
+    # else; see `heads.py`. It is what lets a mixer run on some heads. Names may end in `*`.
     head_layouts: ClassVar[dict[str, str]] = {}
     # set by `build_mixer`: what the mixer was built from
     config: MixerConfig
@@ -99,17 +102,20 @@ class LinearMixer(nn.Module, ABC):
         name = self.config_class.name
         if num_heads % num_key_value_heads:
             raise HybridConfigError(
-                f"{name}: num_heads must be a multiple of num_key_value_heads; got {num_heads} and {num_key_value_heads}."
+                f"{name}: num_heads must be a multiple of num_key_value_heads; got {num_heads} and "
+                f"{num_key_value_heads}."
             )
         if not causal and not self.supports_bidirectional:
             raise HybridConfigError(
-                f"{name} has no bidirectional form, but this attention layer is bidirectional. Leave the layer out of `layers`."
+                f"{name} has no bidirectional form, but this attention layer is bidirectional. Leave the layer out of "
+                "`layers`."
             )
         self.layer_sizes = {"num_heads": num_heads, "num_key_value_heads": num_key_value_heads}
         self.heads = tuple(range(num_key_value_heads)) if heads is None else tuple(heads)
         if not self.heads or list(self.heads) != sorted({*self.heads} & {*range(num_key_value_heads)}):
             raise HybridConfigError(
-                f"{name}: heads must be some of the layer's key-value heads 0..{num_key_value_heads - 1}, in order, each once; got {heads!r}."
+                f"{name}: heads must be some of the layer's key-value heads 0..{num_key_value_heads - 1}, in order, "
+                f"each once; got {heads!r}."
             )
         self.groups = num_heads // num_key_value_heads  # query heads that read one key-value head
         self.num_heads, self.num_key_value_heads = self.groups * len(self.heads), len(self.heads)
@@ -118,19 +124,24 @@ class LinearMixer(nn.Module, ABC):
     @abstractmethod
     def init_weights(self, initialization: Collection[str] = INITIALIZATIONS) -> None:
         """
-        Set every parameter to its starting value, in place and under `no_grad`. Called once, on real (not meta) tensors. What is not in
-        `initialization` starts as it would in a model trained from scratch.
+        Set every parameter to its starting value, in place and under `no_grad`. Called once, on real (not meta)
+        tensors. What is not in `initialization` starts as it would in a model trained from scratch.
         """
 
     @abstractmethod
     def mix(
         self, query, key, value, hidden_states, *, valid, state, inplace_final_state
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """One unpacked stretch of tokens; `valid` is `None` where all of them exist. What a mixer implements; called by `forward`."""
+        """
+        One unpacked stretch of tokens; `valid` is `None` where all of them exist. What a mixer implements; called by
+        `forward`.
+        """
 
     @property
     def can_scale_output(self) -> bool:
-        """Whether the mixer has a `scale_output(factors)`: a factor per query head, `[H]`, on what its state contributes."""
+        """
+        Whether the mixer has a `scale_output(factors)`: a factor per query head, `[H]`, on what its state contributes.
+        """
         return False
 
     def has_window_and_state(self) -> bool:
@@ -161,18 +172,21 @@ class LinearMixer(nn.Module, ABC):
             query (`torch.Tensor`): `[B, T, H, K]`. Scores are scaled by `head_dim ** -0.5` in here.
             key, value (`torch.Tensor`): `[B, T, H_kv, K]`, `[B, T, H_kv, V]`.
             hidden_states (`torch.Tensor`, *optional*): `[B, T, D]`, the attention layer's input.
-            valid (`torch.Tensor`, *optional*): bool `[B, T]`, `False` for padding. Padding before and after a sequence changes nothing;
-                inside, it takes up positions of windows and convolutions.
-            segments (`torch.Tensor`, *optional*): int `[B, T]`, packed sequence of each token, never decreasing along T.
+            valid (`torch.Tensor`, *optional*): bool `[B, T]`, `False` for padding. Padding before and after a sequence
+                changes nothing; inside, it takes up positions of windows and convolutions.
+            segments (`torch.Tensor`, *optional*): int `[B, T]`, packed sequence of each token, never decreasing along
+                T.
             state (`tuple`, *optional*): What the previous call returned for these sequences.
-            output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
-            inplace_final_state (`bool`, *optional*, defaults to `False`): Allow a one-token call to overwrite the tensors of `state`, which
-                saves the copy. Not under autograd.
-            heads (`tuple[int, ...]`, *optional*): Run as the mixer over these of the layer's key-value heads, which must be some of its own:
-                queries, keys, values and state are theirs alone. All of its own by default.
+            output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last
+                token.
+            inplace_final_state (`bool`, *optional*, defaults to `False`): Allow a one-token call to overwrite the
+                tensors of `state`, which saves the copy. Not under autograd.
+            heads (`tuple[int, ...]`, *optional*): Run as the mixer over these of the layer's key-value heads, which
+                must be some of its own: queries, keys, values and state are theirs alone. All of its own by default.
 
         Returns:
-            `(output, state)`: `[B, T, H, V]` in the dtype of query, key and value (where they differ: autocast's, else the widest), and a tuple of tensors (batch first) or `None`.
+            `(output, state)`: `[B, T, H, V]` in the dtype of query, key and value (where they differ: autocast's, else
+            the widest), and a tuple of tensors (batch first) or `None`.
         """
         if heads is not None and heads != self.heads:
             mixer, parameters = self._over(heads)
@@ -190,7 +204,8 @@ class LinearMixer(nn.Module, ABC):
             )
         if valid is not None and (valid.dtype != torch.bool or valid.shape != query.shape[:2]):
             raise HybridConfigError(
-                f"{self.config_class.name}: valid must be bool of shape [B, T] = {list(query.shape[:2])}, True for tokens that exist; got "
+                f"{self.config_class.name}: valid must be bool of shape [B, T] = {list(query.shape[:2])}, True for "
+                "tokens that exist; got "
                 f"{valid.dtype} of shape {list(valid.shape)}. Of an attention mask, pass mask.bool()."
             )
         if not query.dtype == key.dtype == value.dtype:
@@ -219,8 +234,8 @@ class LinearMixer(nn.Module, ABC):
 
     def _mix_beginning(self, query, key, value, hidden_states, valid):
         """
-        The first tokens of sequences that go on: padding after them is moved in front, where it takes no place in windows and convolutions, and the
-        outputs are moved back.
+        The first tokens of sequences that go on: padding after them is moved in front, where it takes no place in
+        windows and convolutions, and the outputs are moved back.
         """
         length = valid.shape[1]
         place = torch.arange(length, device=valid.device)
@@ -233,13 +248,17 @@ class LinearMixer(nn.Module, ABC):
         return _rows_at(output, back), state
 
     def _over(self, heads: tuple[int, ...]) -> tuple["LinearMixer", dict[str, torch.Tensor]]:
-        """A mixer over some of its heads, without weights, and its weights: the parts of these parameters that belong to those heads."""
+        """
+        A mixer over some of its heads, without weights, and its weights: the parts of these parameters that belong to
+        those heads.
+        """
         mixers = self.__dict__.setdefault("_mixers_over", {})
         if heads not in mixers:
             wrong = [head for head in heads if head not in self.heads]
             if wrong:
                 raise HybridConfigError(
-                    f"{self.config_class.name}: heads must be some of the mixer's key-value heads {list(self.heads)}; got {wrong[0]}."
+                    f"{self.config_class.name}: heads must be some of the mixer's key-value heads {list(self.heads)}; "
+                    f"got {wrong[0]}."
                 )
             sizes = {name: getattr(self, name) for name in ("head_dim", "value_dim", "hidden_size", "causal")}
             with torch.device("meta"):
@@ -252,7 +271,8 @@ class LinearMixer(nn.Module, ABC):
         matching = [layout for pattern, layout in self.head_layouts.items() if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
             raise HybridConfigError(
-                f"{self.config_class.name} cannot run on some heads only: its `head_layouts` do not say how {name!r} is laid out. Add an entry to "
+                f"{self.config_class.name} cannot run on some heads only: its `head_layouts` do not say how {name!r} "
+                "is laid out. Add an entry to "
                 f"{type(self).__name__}.head_layouts, or convert whole layers."
             )
         own = [self.heads.index(head) for head in heads]
@@ -275,7 +295,10 @@ class LinearMixer(nn.Module, ABC):
         return self.num_key_value_heads
 
     def restricted(self, heads: Sequence[int]) -> "LinearMixer":
-        """A mixer of its own over some of the heads, with copies of their parameters: what a checkpoint of those heads holds."""
+        """
+        A mixer of its own over some of the heads, with copies of their parameters: what a checkpoint of those heads
+        holds.
+        """
         heads = tuple(heads)
         if heads == self.heads:
             return copy.deepcopy(self)
@@ -309,8 +332,8 @@ class LinearMixer(nn.Module, ABC):
         output = query.new_empty(batch * length, query.shape[2], self.value_dim)
         finals = {}
         last = sequence.view(batch, length)[:, -1].tolist()  # a row goes on from its last sequence
-        # sequences of about one length at a time: in rows of the longest of all, many short ones would be mostly padding. Those that go on, of exactly
-        # one length: padding after them would be in their windows.
+        # sequences of about one length at a time: in rows of the longest of all, many short ones would be mostly
+        # padding. Those that go on, of exactly one length: padding after them would be in their windows.
         group_of = lengths.log2().floor()
         if output_final_state:
             group_of[last] = -lengths[last].to(group_of.dtype)
@@ -324,9 +347,12 @@ class LinearMixer(nn.Module, ABC):
                 return x.new_zeros(*shape, *x.shape[1:]).index_put(place, x[tokens])
 
             mixed, final = self.mix(
-                *(unpack(x) for x in flat[:3]), None if hidden_states is None else unpack(flat[3]), valid=unpack(flat[4]), state=None,
+                *(unpack(x) for x in flat[:3]),
+                None if hidden_states is None else unpack(flat[3]),
+                valid=unpack(flat[4]),
+                state=None,
                 inplace_final_state=False,
-            )  # fmt: skip
+            )
             output = output.index_put((tokens,), mixed[place])
             for index, member in enumerate(members.tolist()):
                 if member in last:
@@ -394,7 +420,9 @@ def resolve_mixer_config(mixer: "str | dict | MixerConfig") -> MixerConfig:
 
 
 def build_mixer(config: MixerConfig, **sizes) -> LinearMixer:
-    """Build the mixer a config describes for one attention layer of the given sizes (the arguments of [`LinearMixer`])."""
+    """
+    Build the mixer a config describes for one attention layer of the given sizes (the arguments of [`LinearMixer`]).
+    """
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     mixer = get_mixer(config.name)(**sizes, **settings)
     mixer.config = config

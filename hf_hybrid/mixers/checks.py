@@ -5,14 +5,18 @@ from collections.abc import Collection
 from ..errors import HybridConfigError, closest
 
 
-# What a fresh mixer can take from its place in a pretrained model, beside the layer's own projections. `identity_maps`: learned feature maps
-# start as the identity; `quiet_state`: beside a window the state starts at next to no weight; `neutral_gates`: output gates start at 1;
-# `half_lives` and `output_scale`: read off the layer's own softmax, see `calibration`.
+# What a fresh mixer can take from its place in a pretrained model, beside the layer's own projections. `identity_maps`:
+# learned feature maps start as the identity; `quiet_state`: beside a window the state starts at next to no weight;
+# `neutral_gates`: output gates start at 1; `half_lives` and `output_scale`: read off the layer's own softmax, see
+# `calibration`.
 INITIALIZATIONS = ("identity_maps", "quiet_state", "neutral_gates", "half_lives", "output_scale")
 
 
 def check_initialization(names: "str | Collection[str]") -> tuple[str, ...]:
-    """Names of [`INITIALIZATIONS`] as a tuple, from a collection or a comma-separated text; `"all"` and `"none"` are understood."""
+    """
+    Names of [`INITIALIZATIONS`] as a tuple, from a collection or a comma-separated text; `"all"` and `"none"` are
+    understood.
+    """
     if isinstance(names, str):
         names = {"all": list(INITIALIZATIONS), "none": []}.get(names) or [
             name.strip() for name in names.split(",") if name.strip() != "none"
@@ -42,7 +46,9 @@ def check_bool(where: str, name: str, value) -> None:
 
 
 def check_window(config, least: int = 0) -> None:
-    """Shared check of `window_size` and `num_sink_tokens`. Without a window there is nothing for sinks to stand beside."""
+    """
+    Shared check of `window_size` and `num_sink_tokens`. Without a window there is nothing for sinks to stand beside.
+    """
     check_int(config.name, "window_size", config.window_size, least)
     check_int(config.name, "num_sink_tokens", config.num_sink_tokens, 0)
     if not config.window_size:

@@ -1,7 +1,7 @@
 """Feature maps φ and their registry. φ turns queries and keys into features whose products replace exp(q·k).
 
-A map is a pure function of its input and its weights, so that the ops can apply it to a chunk of tokens at a time, and again in the backward
-pass.
+A map is a pure function of its input and its weights, so that the ops can apply it to a chunk of tokens at a time, and
+again in the backward pass.
 """
 
 import functools
@@ -20,8 +20,8 @@ class FeatureMap(nn.Module, ABC):
     Args:
         num_heads (`int`): Heads the map is applied to, each with parameters of its own.
         head_dim (`int`): Input size `K`.
-        feature_dim (`int`, *optional*): Width of the learned projection; `None` takes [`FeatureMap.default_feature_dim`]. Ignored by maps
-            without one.
+        feature_dim (`int`, *optional*): Width of the learned projection; `None` takes
+            [`FeatureMap.default_feature_dim`]. Ignored by maps without one.
     """
 
     # name of the same map in the compiled kernels, if they have it
@@ -52,10 +52,15 @@ class FeatureMap(nn.Module, ABC):
 
     @abstractmethod
     def features(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        """`[.., H, T, K]` -> `[.., H, T, F]`. Products of two feature vectors must not be negative. Keeps nothing and changes nothing."""
+        """
+        `[.., H, T, K]` -> `[.., H, T, F]`. Products of two feature vectors must not be negative. Keeps nothing and
+        changes nothing.
+        """
 
     def step_features(self, x: torch.Tensor) -> torch.Tensor:
-        """[`FeatureMap.features`] of one token, `[B, 1, H, K]` -> `[B, 1, H, F]`: where calls cost more than arithmetic."""
+        """
+        [`FeatureMap.features`] of one token, `[B, 1, H, K]` -> `[B, 1, H, F]`: where calls cost more than arithmetic.
+        """
         return self.features(x.transpose(1, 2), *self.weights()).transpose(1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +77,8 @@ def register_feature_map(name: str):
     def register(feature_map_class):
         if name in _FEATURE_MAPS:
             raise HybridConfigError(
-                f"register_feature_map: the name {name!r} is taken by {_FEATURE_MAPS[name].__name__}. Choose another name."
+                f"register_feature_map: the name {name!r} is taken by {_FEATURE_MAPS[name].__name__}. Choose another "
+                "name."
             )
         _FEATURE_MAPS[name] = feature_map_class
         return feature_map_class
@@ -84,7 +90,8 @@ def get_feature_map(name: str) -> type[FeatureMap]:
     """The class registered as `name`; [`HybridConfigError`] with the closest names otherwise."""
     if name not in _FEATURE_MAPS:
         raise HybridConfigError(
-            f"feature_map must be one of {', '.join(list_feature_maps())}; got {name!r}.{closest(str(name), _FEATURE_MAPS)}"
+            f"feature_map must be one of {', '.join(list_feature_maps())}; got "
+            f"{name!r}.{closest(str(name), _FEATURE_MAPS)}"
         )
     return _FEATURE_MAPS[name]
 
@@ -95,7 +102,10 @@ def list_feature_maps() -> list[str]:
 
 
 def _by_head(x):
-    """`[.., H, T, K]` -> `[H, N, K]`: all rows of a head in one product. Broadcasting would copy the weight once per leading index."""
+    """
+    `[.., H, T, K]` -> `[H, N, K]`: all rows of a head in one product. Broadcasting would copy the weight once per
+    leading index.
+    """
     return x.movedim(-3, 0).reshape(x.shape[-3], -1, x.shape[-1])
 
 
@@ -113,7 +123,10 @@ def _two_softmaxes(projected):
 
 
 class _Hedgehog(torch.autograd.Function):
-    """$[\\mathrm{softmax}(x W), \\mathrm{softmax}(-x W)]$, `[.., H, T, K]` with `[H, K, F]`, in half the passes over memory."""
+    """
+    $[\\mathrm{softmax}(x W), \\mathrm{softmax}(-x W)]$, `[.., H, T, K]` with `[H, K, F]`, in half the passes over
+    memory.
+    """
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -135,10 +148,12 @@ class _Hedgehog(torch.autograd.Function):
 @register_feature_map("hedgehog")
 class HedgehogFeatureMap(FeatureMap):
     r"""
-    $\phi(x) = [\mathrm{softmax}(K^{-1/4} W x), \mathrm{softmax}(-K^{-1/4} W x)]$ with one learned $W$ `[K, feature_dim]` per head, started
-    as the identity. Output size `2 * feature_dim`. The factor is half of the usual $1 / \sqrt K$ on each side.
+    $\phi(x) = [\mathrm{softmax}(K^{-1/4} W x), \mathrm{softmax}(-K^{-1/4} W x)]$ with one learned $W$
+    `[K, feature_dim]` per head, started as the identity. Output size `2 * feature_dim`. The factor is half of the usual
+    $1 / \sqrt K$ on each side.
 
-    Reference: [Hedgehog](https://huggingface.co/papers/2402.04347), eq. 6; the softmax form is [LoLCATs](https://huggingface.co/papers/2410.10254)'.
+    Reference: [Hedgehog](https://huggingface.co/papers/2402.04347), eq. 6; the softmax form is
+    [LoLCATs](https://huggingface.co/papers/2410.10254)'.
     """
 
     compiled = "hedgehog"
@@ -193,7 +208,10 @@ def _constant(make, *key):
 
 
 class _Elu(torch.autograd.Function):
-    """elu(x) + 1. PyTorch's own gradients of `clamp` and `elu` do not vectorise on a CPU; the result itself tells the derivative."""
+    """
+    elu(x) + 1. PyTorch's own gradients of `clamp` and `elu` do not vectorise on a CPU; the result itself tells the
+    derivative.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -209,7 +227,10 @@ class _Elu(torch.autograd.Function):
 
 @register_feature_map("elu")
 class EluFeatureMap(FeatureMap):
-    r"""$\phi(x) = \mathrm{elu}(x) + 1$, no parameters. Reference: [Transformers are RNNs](https://huggingface.co/papers/2006.16236), eq. 7."""
+    r"""
+    $\phi(x) = \mathrm{elu}(x) + 1$, no parameters. Reference: [Transformers are
+    RNNs](https://huggingface.co/papers/2006.16236), eq. 7.
+    """
 
     compiled = "elu"
 
@@ -224,7 +245,10 @@ class EluFeatureMap(FeatureMap):
 
 @register_feature_map("relu")
 class ReluFeatureMap(FeatureMap):
-    r"""$\phi(x) = \max(x, 0)$, no parameters. A row of zeros yields a zero output. Reference: [T2R](https://huggingface.co/papers/2103.13076)."""
+    r"""
+    $\phi(x) = \max(x, 0)$, no parameters. A row of zeros yields a zero output. Reference:
+    [T2R](https://huggingface.co/papers/2103.13076).
+    """
 
     compiled = "relu"
 
@@ -237,8 +261,9 @@ class ReluFeatureMap(FeatureMap):
 
 @register_feature_map("softmax")
 class SoftmaxFeatureMap(FeatureMap):
-    r"""$\phi(x) = \mathrm{softmax}(K^{-1/4} x)$, no parameters. Reference: [Efficient Attention](https://huggingface.co/papers/1812.01243), eq. 5,
-    which normalises keys along tokens; here both sides are normalised along features, so that the map knows no other token."""
+    r"""$\phi(x) = \mathrm{softmax}(K^{-1/4} x)$, no parameters. Reference: [Efficient
+    Attention](https://huggingface.co/papers/1812.01243), eq. 5, which normalises keys along tokens; here both sides are
+    normalised along features, so that the map knows no other token."""
 
     compiled = "softmax"
 
@@ -249,8 +274,9 @@ class SoftmaxFeatureMap(FeatureMap):
 @register_feature_map("dpfp")
 class DpfpFeatureMap(FeatureMap):
     r"""
-    Deterministic parameter-free projection with $\nu = 1$: $r = [\max(x, 0), \max(-x, 0)]$, $\phi(x)_i = r_i\, r_{i-1}$ (cyclic). Output
-    size `2 K`. Reference: [Linear Transformers Are Secretly Fast Weight Programmers](https://huggingface.co/papers/2102.11174), eq. 37.
+    Deterministic parameter-free projection with $\nu = 1$: $r = [\max(x, 0), \max(-x, 0)]$, $\phi(x)_i = r_i\, r_{i-1}$
+    (cyclic). Output size `2 K`. Reference: [Linear Transformers Are Secretly Fast Weight
+    Programmers](https://huggingface.co/papers/2102.11174), eq. 37.
     """
 
     compiled = "dpfp"
@@ -274,10 +300,11 @@ def _pairs(size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.T
 @register_feature_map("taylor")
 class TaylorFeatureMap(FeatureMap):
     r"""
-    $\phi(q)^\top \phi(k) = 1 + s + s^2 / 2$ with $s = (W q)^\top W' k / \sqrt K$: the exponential to second order, never below 1/2. One
-    learned $W$ `[K, feature_dim]` per head (16 by default), started with orthonormal columns, the identity where the sizes agree. Output size
-    `1 + F + F (F + 1) / 2`. Reference: [Based](https://huggingface.co/papers/2402.18668), section 4.1; each pair of coordinates is kept
-    once, where the paper keeps it twice.
+    $\phi(q)^\top \phi(k) = 1 + s + s^2 / 2$ with $s = (W q)^\top W' k / \sqrt K$: the exponential to second order,
+    never below 1/2. One learned $W$ `[K, feature_dim]` per head (16 by default), started with orthonormal columns, the
+    identity where the sizes agree. Output size `1 + F + F (F + 1) / 2`. Reference:
+    [Based](https://huggingface.co/papers/2402.18668), section 4.1; each pair of coordinates is kept once, where the
+    paper keeps it twice.
     """
 
     compiled = "taylor"

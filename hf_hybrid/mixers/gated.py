@@ -1,4 +1,7 @@
-"""What the mixers without a normaliser share: their settings, what turns a recurrence into an attention output, and the window beside it."""
+"""
+What the mixers without a normaliser share: their settings, what turns a recurrence into an attention output, and the
+window beside it.
+"""
 
 import dataclasses
 from abc import abstractmethod
@@ -17,12 +20,15 @@ from .gates import LowRank
 class GatedConfig(MixerConfig):
     """
     Args:
-        window_size (`int`, *optional*, defaults to 64): Tokens also attended exactly, the current one included; 0 for a purely linear layer.
-        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0 where there is no window.
+        window_size (`int`, *optional*, defaults to 64): Tokens also attended exactly, the current one included; 0 for a
+            purely linear layer.
+        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0
+            where there is no window.
         output_gate (`bool`, *optional*, defaults to `True`): Whether the layer's input gates the output.
         gate_rank (`int`, *optional*, defaults to 16): Rank of the projections behind the gates.
-        state_per_query_head (`bool`, *optional*, defaults to `False`): One state per query head instead of one per key-value head: as many
-            times the memory and about the time as there are query heads per key-value head, for as many more decays.
+        state_per_query_head (`bool`, *optional*, defaults to `False`): One state per query head instead of one per
+            key-value head: as many times the memory and about the time as there are query heads per key-value head, for
+            as many more decays.
     """
 
     window_size: int = 64
@@ -42,8 +48,8 @@ class GatedMixer(LinearMixer):
     """
     Base class of mixers that are a recurrence, an [`OutputStage`] and perhaps a window.
 
-    State: that of the window (see [`WindowState`]), if there is one, then `num_own_states` tensors of the mixer's, the last of them
-    `[B, H_s, K, V]` fp32 with `H_s` = `num_states`.
+    State: that of the window (see [`WindowState`]), if there is one, then `num_own_states` tensors of the mixer's, the
+    last of them `[B, H_s, K, V]` fp32 with `H_s` = `num_states`.
 
     Args:
         window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head: see [`GatedConfig`].
@@ -77,7 +83,10 @@ class GatedMixer(LinearMixer):
     def recur(
         self, query, key, value, hidden_states, *, valid, state, inplace_final_state
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The recurrence: `[B, T, H, V]` before the output stage, and the mixer's own states; `state` is a tuple of them or `None`."""
+        """
+        The recurrence: `[B, T, H, V]` before the output stage, and the mixer's own states; `state` is a tuple of them
+        or `None`.
+        """
 
     def empty_state(self, query, value) -> tuple[torch.Tensor, ...]:
         """The mixer's own states before the first token."""
@@ -105,19 +114,28 @@ class GatedMixer(LinearMixer):
         elif own is None:
             own = self.empty_state(query, value)
         output, window_state = self.output_stage(
-            recurrent, query, key, value, hidden_states, parts=parts, valid=valid, state=window_state,
+            recurrent,
+            query,
+            key,
+            value,
+            hidden_states,
+            parts=parts,
+            valid=valid,
+            state=window_state,
             inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+        )
         return output, (*window_state, *own)
 
 
 class OutputStage(nn.Module):
     r"""
-    What turns a recurrence's output into an attention output: per head, $w \odot \mathrm{RMSNorm}(o_t) \odot 2 \sigma(U x_t)$, and next to it, with a
-    window, $\sigma(a)$ of that and $1 - \sigma(a)$ of exact attention over the window and the sinks.
+    What turns a recurrence's output into an attention output: per head, $w \odot \mathrm{RMSNorm}(o_t) \odot 2 \sigma(U
+    x_t)$, and next to it, with a window, $\sigma(a)$ of that and $1 - \sigma(a)$ of exact attention over the window and
+    the sinks.
 
-    The gate starts at 1 and $\sigma(a)$ at 1.8 %: the layer begins as the training-free window. [Liger](https://huggingface.co/papers/2503.01496),
-    eq. 10, adds the two halves with fixed equal weights; here the weight is learned per query head.
+    The gate starts at 1 and $\sigma(a)$ at 1.8 %: the layer begins as the training-free window.
+    [Liger](https://huggingface.co/papers/2503.01496), eq. 10, adds the two halves with fixed equal weights; here the
+    weight is learned per query head.
 
     Args:
         mixer (`LinearMixer`): Sizes are read from it.
@@ -174,15 +192,23 @@ class OutputStage(nn.Module):
             output = self.mixed(None, recurrent, hidden_states)
             return output + 0.0 * self.state_logit.sum().to(output.dtype), window
         exact, final = window_attention(
-            query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.scale, valid=valid,
-            state=WindowState(*state, None) if state else None, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            window_size=self.window_size,
+            num_sinks=self.num_sink_tokens,
+            scale=self.scale,
+            valid=valid,
+            state=WindowState(*state, None) if state else None,
+            inplace_final_state=inplace_final_state,
+        )
         return (exact if recurrent is None else self.mixed(exact, recurrent, hidden_states)), tuple(final[:4])
 
     def mixed(self, exact, recurrent, hidden_states):
         """
-        The output from that of the window (or `None`) and of the recurrence, both `[B, T, H, V]`. Without gradients a few tokens at a time, into that
-        of the window or one new tensor: a CPU spends more time on memory for intermediate results of the whole length than on the arithmetic.
+        The output from that of the window (or `None`) and of the recurrence, both `[B, T, H, V]`. Without gradients a
+        few tokens at a time, into that of the window or one new tensor: a CPU spends more time on memory for
+        intermediate results of the whole length than on the arithmetic.
         """
         share = None if exact is None else self.state_share().to(recurrent.dtype)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not recurrent.is_cpu:

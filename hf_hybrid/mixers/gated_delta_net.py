@@ -21,12 +21,13 @@ class GatedDeltaNetConfig(GatedConfig):
 @register_mixer
 class GatedDeltaNet(GatedMixer):
     r"""
-    $\tilde S_t = \alpha_t S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with queries and keys of
-    length 1, $\log \alpha_t = -e^{A} \,\mathrm{softplus}(w_\alpha^\top x_t + b)$ and $\beta_t = \sigma(w_\beta^\top x_t)$; then the [`OutputStage`].
+    $\tilde S_t = \alpha_t S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$, $o_t = K^{-1/2}
+    S_t^\top q_t$ with queries and keys of length 1, $\log \alpha_t = -e^{A} \,\mathrm{softplus}(w_\alpha^\top x_t + b)$
+    and $\beta_t = \sigma(w_\beta^\top x_t)$; then the [`OutputStage`].
 
-    Reference: [Gated DeltaNet](https://huggingface.co/papers/2412.06464), eq. 10. Differs: queries, keys and values are the softmax layer's own
-    (no short convolution), one state per key-value head by default, the output gate is of low rank and starts at 1, and an exact window may
-    stand beside the state.
+    Reference: [Gated DeltaNet](https://huggingface.co/papers/2412.06464), eq. 10. Differs: queries, keys and values are
+    the softmax layer's own (no short convolution), one state per key-value head by default, the output gate is of low
+    rank and starts at 1, and an exact window may stand beside the state.
     """
 
     config_class = GatedDeltaNetConfig
@@ -53,7 +54,15 @@ class GatedDeltaNet(GatedMixer):
     def recur(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         decay, beta = self.gates(hidden_states, valid)
         output, final = gated_delta_rule(
-            query, key, value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True,
-            initial_state=state[0] if state else None, output_final_state=True, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            decay=decay,
+            beta=beta,
+            scale=self.head_dim**-0.5,
+            qk_l2norm=True,
+            initial_state=state[0] if state else None,
+            output_final_state=True,
+            inplace_final_state=inplace_final_state,
+        )
         return output, (final,)

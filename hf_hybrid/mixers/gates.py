@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
-    """`F.softplus`, whose gradient `torch.compile` lays out wrongly for permuted tensors (2.13), by way of `F.logsigmoid`."""
+    """
+    `F.softplus`, whose gradient `torch.compile` lays out wrongly for permuted tensors (2.13), by way of `F.logsigmoid`.
+    """
     return -F.logsigmoid(-x)
 
 
@@ -18,13 +20,17 @@ def inverse_softplus(x: torch.Tensor) -> torch.Tensor:
 
 
 def spread_half_lives(shape: tuple[int, ...]) -> torch.Tensor:
-    """Half-lives in tokens before anything is known of the layer: from 16 to 1,024, equal steps of their logarithm along the last axis."""
+    """
+    Half-lives in tokens before anything is known of the layer: from 16 to 1,024, equal steps of their logarithm along
+    the last axis.
+    """
     return torch.logspace(4, 10, shape[-1], base=2.0).expand(shape)
 
 
 class LowRank(nn.Module):
     """
-    $x \\mapsto W_2 W_1 x$, with a bias where `bias` says so. Started so that the output is close to the bias, the gate nearly data-independent.
+    $x \\mapsto W_2 W_1 x$, with a bias where `bias` says so. Started so that the output is close to the bias, the gate
+    nearly data-independent.
 
     Args:
         in_features (`int`), rank (`int`), out_features (`int`): Sizes of the two products.
@@ -58,8 +64,8 @@ class LowRank(nn.Module):
 
 class HeadGates(nn.Module):
     """
-    $g_t = -e^{A}\\,\\mathrm{softplus}(w_\\alpha^\\top x_t + b)$ and $\\beta_t = \\sigma(w_\\beta^\\top x_t)$, one each per state. Started nearly
-    data-independent: decays of the given half-lives, writes of strength one half.
+    $g_t = -e^{A}\\,\\mathrm{softplus}(w_\\alpha^\\top x_t + b)$ and $\\beta_t = \\sigma(w_\\beta^\\top x_t)$, one each
+    per state. Started nearly data-independent: decays of the given half-lives, writes of strength one half.
 
     Args:
         hidden_size (`int`): `D`.
@@ -85,7 +91,9 @@ class HeadGates(nn.Module):
             self.decay_bias.copy_(softplus_bias(half_lives))
 
     def forward(self, hidden_states, valid):
-        """`[B, T, D]` -> log-decay and write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist."""
+        """
+        `[B, T, D]` -> log-decay and write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist.
+        """
         hidden_states = hidden_states.to(self.decay_weight.dtype)
         rate, beta = F.linear(hidden_states, torch.cat([self.decay_weight, self.beta_weight])).chunk(2, dim=-1)
         wide = torch.promote_types(rate.dtype, torch.float32)
@@ -98,7 +106,8 @@ class ChannelGates(nn.Module):
     As [`HeadGates`] with one decay per key channel: $g_t = -e^{A}\\,\\mathrm{softplus}(W_2 W_1 x_t + b)$, `[H_s, K]`.
 
     Args:
-        hidden_size (`int`), num_states (`int`), head_dim (`int`), rank (`int`): `D`, `H_s`, `K`, rank of the decay's projection.
+        hidden_size (`int`), num_states (`int`), head_dim (`int`), rank (`int`): `D`, `H_s`, `K`, rank of the decay's
+            projection.
     """
 
     def __init__(self, hidden_size: int, num_states: int, head_dim: int, rank: int):
@@ -120,7 +129,10 @@ class ChannelGates(nn.Module):
         self.decay.set_bias(bias.flatten())
 
     def forward(self, hidden_states, valid):
-        """`[B, T, D]` -> log-decay `[B, T, H_s, K]`, write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that do not exist."""
+        """
+        `[B, T, D]` -> log-decay `[B, T, H_s, K]`, write strength `[B, T, H_s]`, fp32 or wider; both 0 for tokens that
+        do not exist.
+        """
         rate = self.decay(hidden_states).unflatten(-1, (self.num_states, -1))
         decay = -self.log_rate.to(rate.dtype).exp().unsqueeze(-1) * softplus(rate)
         beta = F.linear(hidden_states.to(self.beta_weight.dtype), self.beta_weight).to(rate.dtype).sigmoid()

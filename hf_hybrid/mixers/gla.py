@@ -23,11 +23,12 @@ class GLAConfig(GatedConfig):
 @register_mixer
 class GLA(GatedMixer):
     r"""
-    $S_t = \mathrm{diag}(\alpha_t) S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\log \alpha_t = \max(-2, \tfrac{1}{16} \log \sigma(W_2 W_1 x_t + b))$; then
-    the [`OutputStage`].
+    $S_t = \mathrm{diag}(\alpha_t) S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\log \alpha_t = \max(-2,
+    \tfrac{1}{16} \log \sigma(W_2 W_1 x_t + b))$; then the [`OutputStage`].
 
-    Reference: [GLA](https://huggingface.co/papers/2312.06635), section 4. Differs: queries, keys and values are the softmax layer's own, one
-    state per key-value head by default, the output gate is of low rank and starts at 1, and an exact window may stand beside the state.
+    Reference: [GLA](https://huggingface.co/papers/2312.06635), section 4. Differs: queries, keys and values are the
+    softmax layer's own, one state per key-value head by default, the output gate is of low rank and starts at 1, and an
+    exact window may stand beside the state.
     """
 
     config_class = GLAConfig
@@ -54,7 +55,14 @@ class GLA(GatedMixer):
         decay = F.logsigmoid(self.decay(hidden_states)).unflatten(-1, (self.num_states, -1)) / self.temperature
         key, decay = masked(valid, key, decay)
         output, final = gated_linear_attention(
-            query, key, value, decay=decay, scale=self.head_dim**-0.5, min_decay=self.min_decay,
-            initial_state=state[0] if state else None, output_final_state=True, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            decay=decay,
+            scale=self.head_dim**-0.5,
+            min_decay=self.min_decay,
+            initial_state=state[0] if state else None,
+            output_final_state=True,
+            inplace_final_state=inplace_final_state,
+        )
         return output, (final,)

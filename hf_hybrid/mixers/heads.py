@@ -1,7 +1,8 @@
 """A mixer over some of a layer's key-value heads: which part of each parameter belongs to which head.
 
-Heads of a mixer share nothing but low-rank projections, so that a mixer over heads 0 and 2 is the whole mixer with the other heads' rows left out.
-A mixer says how its parameters are laid out in one line each (`LinearMixer.head_layouts`); everything else follows from it here.
+Heads of a mixer share nothing but low-rank projections, so that a mixer over heads 0 and 2 is the whole mixer with the
+other heads' rows left out. A mixer says how its parameters are laid out in one line each (`LinearMixer.head_layouts`);
+everything else follows from it here.
 """
 
 import math
@@ -27,7 +28,8 @@ def select_heads(
 
     Args:
         parameter (`torch.Tensor`): Of a mixer over all heads.
-        layout (`str`): Its axes: `"H"`, `"w G V"`, `"(S K) r"` for an axis that holds two; names other than `H`, `G` and `S` stand for anything.
+        layout (`str`): Its axes: `"H"`, `"w G V"`, `"(S K) r"` for an axis that holds two; names other than `H`, `G`
+            and `S` stand for anything.
         indices (`dict[str, torch.Tensor]`): For `H`, `G` and `S`, the rows wanted.
         sizes (`dict[str, int]`): Sizes of named axes inside brackets; one per bracket may be missing.
     """

@@ -16,8 +16,9 @@ class IdentityConfig(MixerConfig):
 @register_mixer
 class Identity(LinearMixer):
     """
-    $o_t = 0$: what is left of the layer is the bias of its output projection, if it has one. Some attention layers of a pretrained model do
-    next to nothing ([What Matters in Transformers?](https://huggingface.co/papers/2406.15786)); the search finds out which. No parameters, no state.
+    $o_t = 0$: what is left of the layer is the bias of its output projection, if it has one. Some attention layers of a
+    pretrained model do next to nothing ([What Matters in Transformers?](https://huggingface.co/papers/2406.15786)); the
+    search finds out which. No parameters, no state.
     """
 
     config_class = IdentityConfig

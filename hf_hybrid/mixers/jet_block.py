@@ -33,11 +33,12 @@ class JetBlockConfig(GatedConfig):
 @register_mixer
 class JetBlock(GatedMixer):
     r"""
-    [`GatedDeltaNet`] over values mixed with their predecessors: $\hat v_t = \sum_{i=0}^{w-1} c_{t,i} \odot v_{t-i}$ with kernels made from the
-    layer's input, $c_t = c^0 + W_2\, \mathrm{SiLU}(W_1 x_t)$, one per value channel.
+    [`GatedDeltaNet`] over values mixed with their predecessors: $\hat v_t = \sum_{i=0}^{w-1} c_{t,i} \odot v_{t-i}$
+    with kernels made from the layer's input, $c_t = c^0 + W_2\, \mathrm{SiLU}(W_1 x_t)$, one per value channel.
 
-    Reference: [Jet-Nemotron](https://huggingface.co/papers/2508.15884), its JetBlock. Differs: the kernel starts as the identity and there is no
-    activation after it, so that a fresh layer passes the pretrained values through; otherwise as [`GatedDeltaNet`].
+    Reference: [Jet-Nemotron](https://huggingface.co/papers/2508.15884), its JetBlock. Differs: the kernel starts as the
+    identity and there is no activation after it, so that a fresh layer passes the pretrained values through; otherwise
+    as [`GatedDeltaNet`].
 
     State of its own: the last `kernel_size - 1` values `[B, w - 1, H_kv, V]` before `[B, H_s, K, V]`.
     """
@@ -77,9 +78,17 @@ class JetBlock(GatedMixer):
         decay, beta = self.gates(hidden_states, valid)
         value, past_values = self.convolution(value, hidden_states, valid, past_values)
         output, final = gated_delta_rule(
-            query, key, value, decay=decay, beta=beta, scale=self.head_dim**-0.5, qk_l2norm=True, initial_state=recurrent_state,
-            output_final_state=True, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            decay=decay,
+            beta=beta,
+            scale=self.head_dim**-0.5,
+            qk_l2norm=True,
+            initial_state=recurrent_state,
+            output_final_state=True,
+            inplace_final_state=inplace_final_state,
+        )
         return output, (past_values, final)
 
 

@@ -21,11 +21,12 @@ class LightningConfig(GatedConfig):
 @register_mixer
 class Lightning(GatedMixer):
     r"""
-    $S_t = e^{-\lambda_h} S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\lambda_h = 2^{-8 h / H_s}$ for state $h = 1 \dots H_s$; then the
-    [`OutputStage`].
+    $S_t = e^{-\lambda_h} S_{t-1} + k_t v_t^\top$, $o_t = K^{-1/2} S_t^\top q_t$ with $\lambda_h = 2^{-8 h / H_s}$ for
+    state $h = 1 \dots H_s$; then the [`OutputStage`].
 
-    References: [Lightning Attention-2](https://huggingface.co/papers/2401.04658), eq. 2; slopes as in MiniMax-01 and ALiBi. Differs: one
-    state per key-value head by default, and no activation on queries, keys and values, which come from a softmax layer. No decay is learned.
+    References: [Lightning Attention-2](https://huggingface.co/papers/2401.04658), eq. 2; slopes as in MiniMax-01 and
+    ALiBi. Differs: one state per key-value head by default, and no activation on queries, keys and values, which come
+    from a softmax layer. No decay is learned.
     """
 
     config_class = LightningConfig
@@ -42,7 +43,13 @@ class Lightning(GatedMixer):
         decay = -torch.exp2(-8.0 * index / total)
         key, decay = masked(valid, key, decay.expand(*query.shape[:2], -1))
         output, final = gated_linear_attention(
-            query, key, value, decay=decay, scale=self.head_dim**-0.5, initial_state=state[0] if state else None,
-            output_final_state=True, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            decay=decay,
+            scale=self.head_dim**-0.5,
+            initial_state=state[0] if state else None,
+            output_final_state=True,
+            inplace_final_state=inplace_final_state,
+        )
         return output, (final,)

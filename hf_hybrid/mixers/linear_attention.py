@@ -1,4 +1,6 @@
-"""`linear_attention`: feature-map linear attention, with an optional exact window and sinks under one shared normaliser."""
+"""
+`linear_attention`: feature-map linear attention, with an optional exact window and sinks under one shared normaliser.
+"""
 
 import dataclasses
 
@@ -25,9 +27,10 @@ class LinearAttentionConfig(MixerConfig):
     Args:
         feature_map (`str`, *optional*, defaults to `"hedgehog"`): A name of `list_feature_maps()`.
         feature_dim (`int`, *optional*): Width of the feature map's projection; `None` means the map's default.
-        window_size (`int`, *optional*, defaults to 64): Tokens attended exactly, the current one included; 0 for a purely linear layer.
-            Of causal layers only: a bidirectional layer is always purely linear.
-        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0 where there is no window.
+        window_size (`int`, *optional*, defaults to 64): Tokens attended exactly, the current one included; 0 for a
+            purely linear layer. Of causal layers only: a bidirectional layer is always purely linear.
+        num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0
+            where there is no window.
     """
 
     name = "linear_attention"
@@ -42,7 +45,8 @@ class LinearAttentionConfig(MixerConfig):
             check_int(self.name, "feature_dim", self.feature_dim, 1)
             if not feature_map.has_projection:
                 raise HybridConfigError(
-                    f"linear_attention: the feature map {self.feature_map!r} has no projection, so that feature_dim={self.feature_dim} would "
+                    f"linear_attention: the feature map {self.feature_map!r} has no projection, so that "
+                    f"feature_dim={self.feature_dim} would "
                     "be ignored. Leave feature_dim out."
                 )
         check_window(self)
@@ -54,21 +58,23 @@ class LinearAttentionConfig(MixerConfig):
 @register_mixer
 class LinearAttention(LinearMixer):
     r"""
-    $S_t = S_{t-1} + \phi(k_t)\,[v_t, 1]^\top$, $[n_t, d_t] = \phi(q_t)^\top S_t$, $o_t = c\, n_t / d_t$ with one learned factor $c$ per query head, started
-    at 1 or by calibration.
+    $S_t = S_{t-1} + \phi(k_t)\,[v_t, 1]^\top$, $[n_t, d_t] = \phi(q_t)^\top S_t$, $o_t = c\, n_t / d_t$ with one
+    learned factor $c$ per query head, started at 1 or by calibration.
 
     With a window $\mathcal{W}_t$ (last `window_size` tokens and sinks) the state holds only what left the window, and
     $$o_t = \frac{\sum_{j \in \mathcal{W}_t} e^{s_{tj} - m_t} v_j + e^{a}\, \phi(q_t)^\top S_{t-w}^{(v)}}{\sum_{j \in \mathcal{W}_t} e^{s_{tj} - m_t} + e^{a}\, \phi(q_t)^\top S_{t-w}^{(1)}},
     \quad s_{tj} = q_t^\top k_j / \sqrt{K},\; m_t = \max_{j \in \mathcal{W}_t} s_{tj}.$$
 
-    References: [Hedgehog](https://huggingface.co/papers/2402.04347) (feature map), [LoLCATs](https://huggingface.co/papers/2410.10254)
-    (shared normaliser, eq. 7). Differs from LoLCATs: the window slides token by token, sinks are kept, and $a$ (one learned
-    log-weight per query head) starts at -4, so that the student begins as the training-free window and the state earns its weight.
+    References: [Hedgehog](https://huggingface.co/papers/2402.04347) (feature map),
+    [LoLCATs](https://huggingface.co/papers/2410.10254) (shared normaliser, eq. 7). Differs from LoLCATs: the window
+    slides token by token, sinks are kept, and $a$ (one learned log-weight per query head) starts at -4, so that the
+    student begins as the training-free window and the state earns its weight.
 
     State: key, value, visible and counts of a [`WindowState`] (with a window), then `[B, H_kv, F, V + 1]` fp32.
 
     Args:
-        feature_map (`str`), feature_dim (`int` or `None`), window_size (`int`), num_sink_tokens (`int`): see [`LinearAttentionConfig`].
+        feature_map (`str`), feature_dim (`int` or `None`), window_size (`int`), num_sink_tokens (`int`): see
+            [`LinearAttentionConfig`].
     """
 
     config_class = LinearAttentionConfig
@@ -84,7 +90,8 @@ class LinearAttention(LinearMixer):
         make = get_feature_map(feature_map)
         self.feature_map_q = make(self.num_heads, self.head_dim, feature_dim)
         self.feature_map_k = make(self.num_key_value_heads, self.head_dim, feature_dim)
-        # the state is weighed against the window or, without one, brought to the softmax's scale: a parameter that is not used would break DDP
+        # the state is weighed against the window or, without one, brought to the softmax's scale: a parameter that is
+        # not used would break DDP
         self.log_weight = nn.Parameter(torch.empty(self.num_heads)) if self.window_size else None
         self.output_scale = None if self.window_size else nn.Parameter(torch.empty(self.num_heads))
 
@@ -118,9 +125,15 @@ class LinearAttention(LinearMixer):
         parts = self.active_parts()
         if "window" not in parts:
             output, recurrent_state = linear_attention(
-                query, key, value, valid=valid, initial_state=recurrent_state, output_final_state=True,
-                inplace_final_state=inplace_final_state, **maps,
-            )  # fmt: skip
+                query,
+                key,
+                value,
+                valid=valid,
+                initial_state=recurrent_state,
+                output_final_state=True,
+                inplace_final_state=inplace_final_state,
+                **maps,
+            )
             if not self.window_size:
                 return self._scaled(output), (recurrent_state,)
             window_state = window_state or tuple(
@@ -128,10 +141,17 @@ class LinearAttention(LinearMixer):
             )
             return output + 0.0 * self.log_weight.sum().to(output.dtype), (*window_state, recurrent_state)
         output, final = window_attention(
-            query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.head_dim**-0.5,
-            linear=LinearPart(**maps, log_weight=self.log_weight) if "state" in parts else None, valid=valid,
-            state=WindowState(*window_state, recurrent_state) if window_state else None, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            window_size=self.window_size,
+            num_sinks=self.num_sink_tokens,
+            scale=self.head_dim**-0.5,
+            linear=LinearPart(**maps, log_weight=self.log_weight) if "state" in parts else None,
+            valid=valid,
+            state=WindowState(*window_state, recurrent_state) if window_state else None,
+            inplace_final_state=inplace_final_state,
+        )
         if final.recurrent is not None:
             recurrent_state = final.recurrent
         elif recurrent_state is None:  # left out

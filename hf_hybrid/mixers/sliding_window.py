@@ -1,4 +1,7 @@
-"""`sliding_window`: exact softmax over the last tokens and a few sinks. No parameters: the baseline every other mixer must beat."""
+"""
+`sliding_window`: exact softmax over the last tokens and a few sinks. No parameters: the baseline every other mixer must
+beat.
+"""
 
 import dataclasses
 
@@ -26,11 +29,11 @@ class SlidingWindowConfig(MixerConfig):
 @register_mixer
 class SlidingWindow(LinearMixer):
     r"""
-    $o_t = \sum_{j} \mathrm{softmax}_j(q_t^\top k_j / \sqrt{K})\, v_j$ with $j$ over the last `window_size` tokens and the first
-    `num_sink_tokens`. Keys keep the rotary positions they had in the sequence.
+    $o_t = \sum_{j} \mathrm{softmax}_j(q_t^\top k_j / \sqrt{K})\, v_j$ with $j$ over the last `window_size` tokens and
+    the first `num_sink_tokens`. Keys keep the rotary positions they had in the sequence.
 
-    Reference: [StreamingLLM](https://huggingface.co/papers/2309.17453). Differs from the paper: positions are the original ones, not
-    positions within the cache. State: key, value, visible and counts of a [`WindowState`].
+    Reference: [StreamingLLM](https://huggingface.co/papers/2309.17453). Differs from the paper: positions are the
+    original ones, not positions within the cache. State: key, value, visible and counts of a [`WindowState`].
 
     Args:
         window_size (`int`): Tokens in the window, the current one included.
@@ -48,7 +51,14 @@ class SlidingWindow(LinearMixer):
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
         output, final = window_attention(
-            query, key, value, window_size=self.window_size, num_sinks=self.num_sink_tokens, scale=self.head_dim**-0.5,
-            valid=valid, state=WindowState(*state, None) if state else None, inplace_final_state=inplace_final_state,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            window_size=self.window_size,
+            num_sinks=self.num_sink_tokens,
+            scale=self.head_dim**-0.5,
+            valid=valid,
+            state=WindowState(*state, None) if state else None,
+            inplace_final_state=inplace_final_state,
+        )
         return output, tuple(final[:4])

@@ -1,11 +1,13 @@
-"""Blockwise local distillation inside the model: every mixer imitates the softmax it stands beside, on the softmax's own queries, keys and values.
+"""Blockwise local distillation inside the model: every mixer imitates the softmax it stands beside, on the softmax's
+own queries, keys and values.
 
-While training, the model's forward runs the teacher only (all switches off); in every layer the interception shows the mixer what the softmax was
-given, detached, and compares. The sum of these local losses comes *out of the model's forward*, as any loss does: a side channel, or a backward
-inside forward, would break DistributedDataParallel. Layers exchange no gradients.
+While training, the model's forward runs the teacher only (all switches off); in every layer the interception shows the
+mixer what the softmax was given, detached, and compares. The sum of these local losses comes *out of the model's
+forward*, as any loss does: a side channel, or a backward inside forward, would break DistributedDataParallel. Layers
+exchange no gradients.
 
-Where projections train too, or a family computes its softmax inline, there is no one set of queries, keys and values: the layer runs twice, and the
-loss is taken on its output.
+Where projections train too, or a family computes its softmax inline, there is no one set of queries, keys and values:
+the layer runs twice, and the loss is taken on its output.
 """
 
 import dataclasses
@@ -40,13 +42,15 @@ class LocalDistillation:
 
     Args:
         model (`HybridModelMixin`): Of `prepare_distillation_`, or with an adapter.
-        recompute (`bool`, *optional*, defaults to `False`): Compute every mixer again in the backward pass instead of keeping its intermediate results.
-        window_dropout (`float`, *optional*, defaults to 0.0): Share of training forwards, drawn per layer, in which a mixer does without its window, so
-            that its state learns to do without.
+        recompute (`bool`, *optional*, defaults to `False`): Compute every mixer again in the backward pass instead of
+            keeping its intermediate results.
+        window_dropout (`float`, *optional*, defaults to 0.0): Share of training forwards, drawn per layer, in which a
+            mixer does without its window, so that its state learns to do without.
 
     Attributes:
         reached (`set[str]`): Layers that any batch of the training reached so far.
-        host_units (`set[str]`): Classes that the family wants whole on one device, in `model._no_split_modules` again after the distillation.
+        host_units (`set[str]`): Classes that the family wants whole on one device, in `model._no_split_modules` again
+            after the distillation.
     """
 
     def __init__(self, model: HybridModelMixin, recompute: bool = False, window_dropout: float = 0.0):
@@ -65,7 +69,8 @@ class LocalDistillation:
         One training forward of the teacher.
 
         Returns:
-            `dict`: `loss`, the sum over layers; `block_losses`, one per layer `[L]`; `head_losses`, one per key-value head, all layers' in a row.
+            `dict`: `loss`, the sum over layers; `block_losses`, one per layer `[L]`; `head_losses`, one per key-value
+            head, all layers' in a row.
         """
         kwargs = self._arguments(model, kwargs)
         self._losses, self._learns = {}, torch.is_grad_enabled()
@@ -89,7 +94,8 @@ class LocalDistillation:
         if "use_cache" in parameters:
             kwargs = {**kwargs, "use_cache": False}
         if "logits_to_keep" in parameters:
-            # nobody looks at the logits: spare the largest matrix product of a small model (by index: see label_words.py)
+            # nobody looks at the logits: spare the largest matrix product of a small model (by index: see
+            # label_words.py)
             kwargs = {**kwargs, "logits_to_keep": torch.zeros(1, dtype=torch.long, device=model.device)}
         return kwargs
 
@@ -99,7 +105,8 @@ class LocalDistillation:
         for layer, name in self.names.items():
             of_layer = self._losses.get(name)
             if of_layer is None:
-                # not reached (a text without pictures): in the graph all the same, or the ranks that were reached would wait for its gradient
+                # not reached (a text without pictures): in the graph all the same, or the ranks that were reached would
+                # wait for its gradient
                 blocks.append(_of_nothing(layer, zero) if self._learns else zero)
                 heads.append(zero.expand(layer.hybrid.num_key_value_heads))
             else:
@@ -210,7 +217,8 @@ def start_distillation_(
     model: HybridModelMixin, *, recompute: bool = False, window_dropout: float = 0.0
 ) -> LocalDistillation:
     """
-    From now on `model.train()` makes its forward return local losses; in evaluation it is the task's own forward, through the mixture that the switch says.
+    From now on `model.train()` makes its forward return local losses; in evaluation it is the task's own forward,
+    through the mixture that the switch says.
 
     Raises:
         HybridConfigError: If the model has no mixers.
@@ -222,8 +230,8 @@ def start_distillation_(
     objective, before = LocalDistillation(model, recompute, window_dropout), model.training_objective
     objective.host_units = set(model._no_split_modules or ()) if before is None else before.host_units
     model.__dict__["training_objective"] = objective
-    # FSDP2: each mixer must be a unit of its own, since no gradient ever reaches the layer around it. Classes that a family names and this model
-    # does not have stop accelerate.
+    # FSDP2: each mixer must be a unit of its own, since no gradient ever reaches the layer around it. Classes that a
+    # family names and this model does not have stop accelerate.
     units = {type(part).__name__ for part in trained_units(hybrid_layers(model).values())}
     units |= objective.host_units & {type(part).__name__ for part in model.modules()}
     model._no_split_modules = units

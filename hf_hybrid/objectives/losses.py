@@ -7,7 +7,8 @@ def head_errors(
     student: torch.Tensor, teacher: torch.Tensor, num_key_value_heads: int, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Squared error of an attention's output before its output projection, and the teacher's energy, per sequence and key-value head.
+    Squared error of an attention's output before its output projection, and the teacher's energy, per sequence and
+    key-value head.
 
     Args:
         student, teacher (`torch.Tensor`): `[B, T, H, V]`.
@@ -31,8 +32,9 @@ def normalized_sum(error: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
     r"""
     $\frac{1}{B}\sum_b \frac{\sum_h e_{bh}}{\sum_h y_{bh}}$: 0 is perfect, 1 is as good as zeros.
 
-    Divided by the teacher's own energy, so that late layers, whose outputs are larger, do not dominate the sum over layers; per
-    sequence, so that the loss of a batch is the mean of the losses of its parts and gradient accumulation changes nothing.
+    Divided by the teacher's own energy, so that late layers, whose outputs are larger, do not dominate the sum over
+    layers; per sequence, so that the loss of a batch is the mean of the losses of its parts and gradient accumulation
+    changes nothing.
 
     Args:
         error, energy (`torch.Tensor`): `[B, H]`, of [`head_errors`].

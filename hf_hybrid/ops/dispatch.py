@@ -1,8 +1,9 @@
 """Picks the implementation of each op. The only module that knows flash-linear-attention (fla).
 
-Same signatures as `naive`. The choice is made once per process: `HF_HYBRID_OPS` (`torch`, `cpp` or `fla`) if set, else fla on CUDA and the kernels
-of `cpp` on a CPU, where they can be had. It can be overridden per call with `backend=`. What the kernels of `cpp` do not do (other dtypes, gradients of some
-ops, maps of a user's own, tracing) runs in torch whatever the choice.
+Same signatures as `naive`. The choice is made once per process: `HF_HYBRID_OPS` (`torch`, `cpp` or `fla`) if set, else
+fla on CUDA and the kernels of `cpp` on a CPU, where they can be had. It can be overridden per call with `backend=`.
+What the kernels of `cpp` do not do (other dtypes, gradients of some ops, maps of a user's own, tracing) runs in torch
+whatever the choice.
 """
 
 import functools
@@ -21,7 +22,10 @@ BACKENDS = ("torch", "cpp", "fla")
 
 
 def linear_attention(query, key, value, *, inplace_final_state=False, backend=None, **kwargs):
-    """[`naive.naive_linear_attention`], in the fastest form that fits: fla or compiled kernel, one token or chunkwise torch."""
+    """
+    [`naive.naive_linear_attention`], in the fastest form that fits: fla or compiled kernel, one token or chunkwise
+    torch.
+    """
     backend = choose_backend(backend, query)
     if backend == "fla":
         return _fla_linear_attention(query, key, value, **kwargs)
@@ -89,8 +93,8 @@ def window_attention(
     backend=None,
     **kwargs,
 ):
-    """[`naive.naive_window_attention`], in the form that fits the number of new tokens. On a GPU the window is torch's; what is older is fla's
-    where fla is chosen."""
+    """[`naive.naive_window_attention`], in the form that fits the number of new tokens. On a GPU the window is torch's;
+    what is older is fla's where fla is chosen."""
     backend = choose_backend(backend, query)
     kwargs = {**kwargs, "num_sinks": num_sinks, "linear": linear}
     inputs = [query, key, value, *(state or ())]
@@ -142,7 +146,8 @@ def choose_backend(backend: str | None, x: torch.Tensor) -> str:
     if backend is not None:
         if _checked(backend, "backend") == "fla" and not _fla_runs_on(device):
             raise HybridConfigError(
-                f"backend=fla runs on a GPU; the tensors are on {device}. Move them, or leave backend out to take what fits."
+                f"backend=fla runs on a GPU; the tensors are on {device}. Move them, or leave backend out to take what "
+                "fits."
             )
         return backend
     requested = requested_backend()
@@ -177,7 +182,8 @@ def _checked(name: str, where: str) -> str:
         )
     if name == "cpp" and kernels() is None:
         raise MissingDependencyError(
-            f"{where}={name} needs a C++ compiler that works (c++, g++ or clang++ on the path, or named by CXX). Install one, e.g. `apt install g++`."
+            f"{where}={name} needs a C++ compiler that works (c++, g++ or clang++ on the path, or named by CXX). "
+            "Install one, e.g. `apt install g++`."
         )
     return name
 
@@ -191,15 +197,26 @@ def _fla_runs_on(device_type: str) -> bool:
     return device_type != "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# fla wants one key-value head, and one state, per query head; ours are repeated for the call. Its kernels read and write `[B, T, H, K]` and
-# states `[B, H, K, V]` fp32, decay the state before they write and read it after, and take natural log-decays, which must be finite.
+# fla wants one key-value head, and one state, per query head; ours are repeated for the call. Its kernels read and
+# write `[B, T, H, K]` and states `[B, H, K, V]` fp32, decay the state before they write and read it after, and take
+# natural log-decays, which must be finite.
 
 
 def _fla_linear_attention(
-    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
+    query,
+    key,
+    value,
+    *,
+    feature_map_q=None,
+    feature_map_k=None,
+    valid=None,
+    initial_state=None,
+    output_final_state=False,
     normalize=True,
-):  # fmt: skip
-    """`fla.ops.linear_attn`, with the ones column of the value as normaliser: fla's own adds an epsilon, so it stays off."""
+):
+    """
+    `fla.ops.linear_attn`, with the ones column of the value as normaliser: fla's own adds an epsilon, so it stays off.
+    """
     from fla.ops.linear_attn import chunk_linear_attn, fused_recurrent_linear_attn
 
     query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
@@ -248,7 +265,9 @@ def _fla_gated(
     initial_state=None,
     output_final_state=False,
 ):
-    """`fla.ops.simple_gla`, `gla`, `gated_delta_rule` and `kda`, by whether there is a `beta` and a decay per channel."""
+    """
+    `fla.ops.simple_gla`, `gla`, `gated_delta_rule` and `kda`, by whether there is a `beta` and a decay per channel.
+    """
     per_channel, one_token = decay.ndim == 4, query.shape[1] == 1
     groups_of_state = query.shape[2] // decay.shape[2]
     strongest = STRONGEST_DECAY if min_decay is None else max(min_decay, STRONGEST_DECAY)

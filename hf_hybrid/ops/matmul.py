@@ -9,10 +9,11 @@ import torch
 @contextlib.contextmanager
 def fast_fp32_matmul():
     """
-    Let fp32 matrix products on an AVX-512 CPU run through oneDNN instead of MKL: 1.6-1.9x faster on AMD, still computed in fp32.
+    Let fp32 matrix products on an AVX-512 CPU run through oneDNN instead of MKL: 1.6-1.9x faster on AMD, still computed
+    in fp32.
 
-    Process-wide while it is active, restored on exit even if an exception passes. Does nothing without AVX-512, and nothing with
-    AMX, where the same switch would round the operands to bfloat16.
+    Process-wide while it is active, restored on exit even if an exception passes. Does nothing without AVX-512, and
+    nothing with AMX, where the same switch would round the operands to bfloat16.
     """
     backend = torch.backends.mkldnn.matmul
     if torch.compiler.is_compiling() or not (hasattr(backend, "fp32_precision") and _avx512_without_amx()):
@@ -31,7 +32,10 @@ FEWEST_ROWS = 256
 
 
 def matmul_mode(x: torch.Tensor, rows: int):
-    """[`fast_fp32_matmul`] where it can matter for products of `x`'s kind over so many rows (tokens) in all: fp32 on a CPU."""
+    """
+    [`fast_fp32_matmul`] where it can matter for products of `x`'s kind over so many rows (tokens) in all: fp32 on a
+    CPU.
+    """
     if x.dtype == torch.float32 and x.device.type == "cpu" and rows >= FEWEST_ROWS:
         return fast_fp32_matmul()
     return contextlib.nullcontext()

@@ -1,10 +1,11 @@
 """Token-by-token recurrences: the definition of correct. Slow on purpose; nothing but the tests calls them.
 
-Axes: `B` batch, `T` tokens, `H` query heads, `G` query heads per key-value head, `K` key size, `F` feature size, `V` value size,
-`W` window, `S` sinks. A group of query heads reads one key-value head, in `repeat_interleave` order. State, sums and decays are fp32,
-or fp64 where the inputs are.
+Axes: `B` batch, `T` tokens, `H` query heads, `G` query heads per key-value head, `K` key size, `F` feature size, `V`
+value size, `W` window, `S` sinks. A group of query heads reads one key-value head, in `repeat_interleave` order. State,
+sums and decays are fp32, or fp64 where the inputs are.
 
-A feature map is anything with `weights()`, a tuple of tensors, and `features(x, *weights)`, `[B, H, T, K]` -> `[B, H, T, F]`.
+A feature map is anything with `weights()`, a tuple of tensors, and `features(x, *weights)`, `[B, H, T, K]` ->
+`[B, H, T, F]`.
 """
 
 from typing import Any, NamedTuple
@@ -12,32 +13,43 @@ from typing import Any, NamedTuple
 import torch
 
 
-# Below this a sum of weights counts as no weight at all: the output is 0 and so is its gradient. Nothing is ever *added* to a sum of
-# weights: with sharp feature maps honest sums reach 1e-24.
+# Below this a sum of weights counts as no weight at all: the output is 0 and so is its gradient. Nothing is ever
+# *added* to a sum of weights: with sharp feature maps honest sums reach 1e-24.
 TINY = 1e-30
 
 
 def naive_linear_attention(
-    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
+    query,
+    key,
+    value,
+    *,
+    feature_map_q=None,
+    feature_map_k=None,
+    valid=None,
+    initial_state=None,
+    output_final_state=False,
     normalize=True,
-):  # fmt: skip
+):
     r"""
     $S_t = S_{t-1} + \phi(k_t) [v_t, 1]^\top$, $[n_t, d_t] = \phi(q_t)^\top S_t$, $o_t = n_t / d_t$.
 
-    Reference: [Transformers are RNNs](https://huggingface.co/papers/2006.16236), eq. 16-20, with the normaliser carried as one
-    more column of the state.
+    Reference: [Transformers are RNNs](https://huggingface.co/papers/2006.16236), eq. 16-20, with the normaliser carried
+    as one more column of the state.
 
     Args:
         query (`torch.Tensor`): `[B, T, H, K]`.
         key, value (`torch.Tensor`): `[B, T, H_kv, K]`, `[B, T, H_kv, V]`.
-        feature_map_q, feature_map_k (*optional*): Feature maps of queries and keys; `None` means that they are features already.
+        feature_map_q, feature_map_k (*optional*): Feature maps of queries and keys; `None` means that they are features
+            already.
         valid (`torch.Tensor`, *optional*): bool `[B, T]`, `False` for tokens that do not exist.
         initial_state (`torch.Tensor`, *optional*): `[B, H_kv, F, V + 1]`, fp32.
         output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
-        normalize (`bool`, *optional*, defaults to `True`): Divide by the last column; otherwise it is returned with the others.
+        normalize (`bool`, *optional*, defaults to `True`): Divide by the last column; otherwise it is returned with the
+            others.
 
     Returns:
-        `(output, final_state)`: `[B, T, H, V]` (or `V + 1`) in the query's dtype, and `[B, H_kv, F, V + 1]` fp32 or `None`.
+        `(output, final_state)`: `[B, T, H, V]` (or `V + 1`) in the query's dtype, and `[B, H_kv, F, V + 1]` fp32 or
+        `None`.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
@@ -58,7 +70,8 @@ def naive_linear_attention(
 
 def naive_bidirectional_linear_attention(query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None):
     r"""
-    $o_t = \phi(q_t)^\top S^{(v)} / \phi(q_t)^\top S^{(1)}$, $S = \sum_{j=1}^{T} \phi(k_j) [v_j, 1]^\top$: every token sees all tokens.
+    $o_t = \phi(q_t)^\top S^{(v)} / \phi(q_t)^\top S^{(1)}$, $S = \sum_{j=1}^{T} \phi(k_j) [v_j, 1]^\top$: every token
+    sees all tokens.
 
     Arguments and output as in [`naive_linear_attention`]; there is no state.
     """
@@ -82,12 +95,13 @@ def naive_gated_linear_attention(
 
     Args:
         query (`torch.Tensor`): `[B, T, H, K]`.
-        key, value (`torch.Tensor`): `[B, T, H_kv, K]`, `[B, T, H_kv, V]`. A token that does not exist has a zero key and zero decay.
-        decay (`torch.Tensor`): Log-decays $g \le 0$, `[B, T, H_s]` or `[B, T, H_s, K]`, with one state per key-value head
-            (`H_s = H_kv`) or per query head (`H_s = H`).
+        key, value (`torch.Tensor`): `[B, T, H_kv, K]`, `[B, T, H_kv, V]`. A token that does not exist has a zero key
+            and zero decay.
+        decay (`torch.Tensor`): Log-decays $g \le 0$, `[B, T, H_s]` or `[B, T, H_s, K]`, with one state per key-value
+            head (`H_s = H_kv`) or per query head (`H_s = H`).
         scale (`float`): Factor on the output.
-        min_decay (`float`, *optional*): Log-decays below are raised to it. The chunkwise form of decays per channel is the faster the
-            higher it is, see `chunk.gated`.
+        min_decay (`float`, *optional*): Log-decays below are raised to it. The chunkwise form of decays per channel is
+            the faster the higher it is, see `chunk.gated`.
         initial_state (`torch.Tensor`, *optional*): `[B, H_s, K, V]`, fp32.
         output_final_state (`bool`, *optional*, defaults to `False`): Whether to return the state after the last token.
 
@@ -95,9 +109,16 @@ def naive_gated_linear_attention(
         `(output, final_state)`: `[B, T, H, V]` in the query's dtype, and `[B, H_s, K, V]` fp32 or `None`.
     """
     return naive_gated_delta_rule(
-        query, key, value, decay=decay, beta=None, scale=scale, min_decay=min_decay, initial_state=initial_state,
+        query,
+        key,
+        value,
+        decay=decay,
+        beta=None,
+        scale=scale,
+        min_decay=min_decay,
+        initial_state=initial_state,
         output_final_state=output_final_state,
-    )  # fmt: skip
+    )
 
 
 def naive_gated_delta_rule(
@@ -114,7 +135,8 @@ def naive_gated_delta_rule(
     output_final_state=False,
 ):
     r"""
-    $\tilde S_t = \mathrm{diag}(e^{g_t}) S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$, $o_t = \text{scale}\; S_t^\top q_t$.
+    $\tilde S_t = \mathrm{diag}(e^{g_t}) S_{t-1}$, $S_t = \tilde S_t + \beta_t k_t (v_t - \tilde S_t^\top k_t)^\top$,
+    $o_t = \text{scale}\; S_t^\top q_t$.
 
     One $g_t$ per head: [Gated DeltaNet](https://huggingface.co/papers/2412.06464), eq. 10; one per key channel:
     [Kimi Delta Attention](https://huggingface.co/papers/2510.26692), eq. 1.
@@ -162,15 +184,15 @@ class WindowState(NamedTuple):
     """
     What a window leaves behind, batch first. `S` sinks, then a ring of `W` window positions.
 
-    Every token is in one place: a sink (the first `S` tokens that exist), the window (the last `W` positions) or older. A token that
-    became a sink is not visible in the window, so that nothing is counted twice.
+    Every token is in one place: a sink (the first `S` tokens that exist), the window (the last `W` positions) or older.
+    A token that became a sink is not visible in the window, so that nothing is counted twice.
     """
 
     key: torch.Tensor  # [B, H_kv, S + W, K]
     value: torch.Tensor  # [B, H_kv, S + W, V]
     visible: torch.Tensor  # [B, S + W] bool
-    # [B, 3] int64: place of the oldest position in the ring (the same for all rows), sinks found, and positions seen since the last one
-    # that is not visible; the latter stops at W
+    # [B, 3] int64: place of the oldest position in the ring (the same for all rows), sinks found, and positions seen
+    # since the last one that is not visible; the latter stops at W
     counts: torch.Tensor
     recurrent: torch.Tensor | None  # [B, H_kv, F, V + 1] fp32: what is older, where there is a linear part
 
@@ -213,13 +235,14 @@ def in_order(state: WindowState, num_sinks: int) -> WindowState:
 
 def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, linear=None, valid=None, state=None):
     r"""
-    Exact attention over the last `window_size` positions and `num_sinks` sinks, with linear attention over everything older under the same
-    normaliser. With $s_{tj} = \text{scale}\, q_t^\top k_j$ and $m_t = \max_{j \in \mathcal{W}_t} s_{tj}$,
+    Exact attention over the last `window_size` positions and `num_sinks` sinks, with linear attention over everything
+    older under the same normaliser. With $s_{tj} = \text{scale}\, q_t^\top k_j$ and $m_t = \max_{j \in \mathcal{W}_t}
+    s_{tj}$,
 
     $$o_t = \frac{\sum_{j \in \mathcal{W}_t} e^{s_{tj} - m_t} v_j + e^{a}\, \phi(q_t)^\top S_{t-W}^{(v)}}{\sum_{j \in \mathcal{W}_t} e^{s_{tj} - m_t} + e^{a}\, \phi(q_t)^\top S_{t-W}^{(1)}}.$$
 
-    References: [StreamingLLM](https://huggingface.co/papers/2309.17453) (window and sinks), [LoLCATs](https://huggingface.co/papers/2410.10254),
-    eq. 7 (shared normaliser).
+    References: [StreamingLLM](https://huggingface.co/papers/2309.17453) (window and sinks),
+    [LoLCATs](https://huggingface.co/papers/2410.10254), eq. 7 (shared normaliser).
 
     Args:
         query (`torch.Tensor`): `[B, T, H, K]`.
@@ -281,7 +304,9 @@ def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, 
 
 
 def mapped(query, key, feature_map_q, feature_map_k, valid):
-    """Features of all queries and keys, `[B, T, H, F]` and `[B, T, H_kv, F]`; those of keys that do not exist are zeros."""
+    """
+    Features of all queries and keys, `[B, T, H, F]` and `[B, T, H_kv, F]`; those of keys that do not exist are zeros.
+    """
     query, key = _features(feature_map_q, query), _features(feature_map_k, key)
     return query, (key if valid is None else key * valid[..., None, None])
 

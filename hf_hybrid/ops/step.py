@@ -1,7 +1,8 @@
 """One-token forms for decoding: no chunks, no padding, nothing that depends on how many tokens came before.
 
-With `inplace_final_state=True` the given state is overwritten rather than copied: half the memory traffic of a decode step. Not for a state
-that is still needed, nor under autograd. At this size calls cost more than arithmetic: every line is there for fewer of them. One-row products are faster through MKL, so the fp32 switch of `matmul` stays off.
+With `inplace_final_state=True` the given state is overwritten rather than copied: half the memory traffic of a decode
+step. Not for a state that is still needed, nor under autograd. At this size calls cost more than arithmetic: every line
+is there for fewer of them. One-row products are faster through MKL, so the fp32 switch of `matmul` stays off.
 """
 
 import torch
@@ -10,9 +11,18 @@ from .naive import TINY, WindowState
 
 
 def step_linear_attention(
-    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
-    normalize=True, inplace_final_state=False,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    *,
+    feature_map_q=None,
+    feature_map_k=None,
+    valid=None,
+    initial_state=None,
+    output_final_state=False,
+    normalize=True,
+    inplace_final_state=False,
+):
     """[`naive_linear_attention`] for `T = 1`: same arguments, shapes and results."""
     batch, _, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
@@ -60,15 +70,33 @@ def step_gated_linear_attention(
 ):
     """[`naive_gated_linear_attention`] for `T = 1`: same arguments, shapes and results."""
     return step_gated_delta_rule(
-        query, key, value, decay=decay, beta=None, scale=scale, min_decay=min_decay, initial_state=initial_state,
-        output_final_state=output_final_state, inplace_final_state=inplace_final_state,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        decay=decay,
+        beta=None,
+        scale=scale,
+        min_decay=min_decay,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        inplace_final_state=inplace_final_state,
+    )
 
 
 def step_gated_delta_rule(
-    query, key, value, *, decay, beta, scale, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False,
+    query,
+    key,
+    value,
+    *,
+    decay,
+    beta,
+    scale,
+    qk_l2norm=False,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
     inplace_final_state=False,
-):  # fmt: skip
+):
     """[`naive_gated_delta_rule`] for `T = 1`: same arguments, shapes and results."""
     batch, _, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]
@@ -122,8 +150,9 @@ def step_window_attention(
     query, key, value, *, window_size, num_sinks, scale, state, linear=None, inplace_final_state=False
 ):
     """
-    [`naive_window_attention`] for `T = 1`, no padding, and a settled `state` (see [`WindowState.is_settled`]): same arguments, shapes and
-    results. The window is a ring: the new token takes the place of the oldest, and the softmax does not mind the order.
+    [`naive_window_attention`] for `T = 1`, no padding, and a settled `state` (see [`WindowState.is_settled`]): same
+    arguments, shapes and results. The window is a ring: the new token takes the place of the oldest, and the softmax
+    does not mind the order.
     """
     batch, _, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]

@@ -1,4 +1,7 @@
-"""Functions on whole models, in place: `convert` (without training), `students` (mixers in training), `switch` (which heads are linear)."""
+"""
+Functions on whole models, in place: `convert` (without training), `students` (mixers in training), `switch` (which
+heads are linear).
+"""
 
 from ..conversion.layer import hybrid_layers
 from .convert import (

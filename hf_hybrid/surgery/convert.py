@@ -37,12 +37,14 @@ logger = logging.get_logger(__name__)
 
 def find_attention_sites(model: PreTrainedModel, example_inputs: dict | None = None) -> list[AttentionSite]:
     """
-    Every place in `model` where attention can be replaced, in the order of execution. The position in this list is the layer index
-    that `convert_to_hybrid` and the search use; a site's `key_value_heads` are the heads that they take.
+    Every place in `model` where attention can be replaced, in the order of execution. The position in this list is the
+    layer index that `convert_to_hybrid` and the search use; a site's `key_value_heads` are the heads that they take.
 
     Args:
-        model (`PreTrainedModel`): The model; it is run once on a few tokens, a picture or a sound, and comes back unchanged.
-        example_inputs (`dict`, *optional*): Arguments of that forward, for models whose arguments cannot be told from their config.
+        model (`PreTrainedModel`): The model; it is run once on a few tokens, a picture or a sound, and comes back
+            unchanged.
+        example_inputs (`dict`, *optional*): Arguments of that forward, for models whose arguments cannot be told from
+            their config.
 
     Raises:
         UnsupportedModelError: If there is no such place.
@@ -60,18 +62,23 @@ def convert_to_hybrid(
     example_inputs: dict | None = None,
 ) -> PreTrainedModel:
     """
-    Replace the softmax of some attention layers, or of some of their key-value heads, by a mixer, in place and without training.
+    Replace the softmax of some attention layers, or of some of their key-value heads, by a mixer, in place and without
+    training.
 
     Args:
-        model (`PreTrainedModel`): The model. It becomes a `Hybrid…` model that still is an instance of its former class; all weights keep
-            their names and values, mixer parameters appear under `<attention>.hybrid.*`.
-        mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): A name of `list_mixers()` or a config.
-        layers (*optional*): Indices or names of attention sites, a part of the model (`"encoder"`, `"decoder"`, `"text"`, `"vision"`, `"audio"`), a
-            module around sites (`"model.vision_tower"`), or a predicate on [`AttentionSite`]. All of them by default.
-        heads (`dict`, *optional*): Key-value heads that become linear, by layer: `{"model.layers.3.self_attn": [0, 2]}`. The others keep their softmax, their
-            keys and their values. Layers that it does not name become linear whole; without `layers`, it names the layers too.
-        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, see
-            [`HybridTrainingArguments`]; all of it by default. `half_lives` and `output_scale` are [`calibrate_mixers`]' business.
+        model (`PreTrainedModel`): The model. It becomes a `Hybrid…` model that still is an instance of its former
+            class; all weights keep their names and values, mixer parameters appear under `<attention>.hybrid.*`.
+        mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): A name of `list_mixers()`
+            or a config.
+        layers (*optional*): Indices or names of attention sites, a part of the model (`"encoder"`, `"decoder"`,
+            `"text"`, `"vision"`, `"audio"`), a module around sites (`"model.vision_tower"`), or a predicate on
+            [`AttentionSite`]. All of them by default.
+        heads (`dict`, *optional*): Key-value heads that become linear, by layer:
+            `{"model.layers.3.self_attn": [0, 2]}`. The others keep their softmax, their keys and their values. Layers
+            that it does not name become linear whole; without `layers`, it names the layers too.
+        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the
+            pretrained model, see [`HybridTrainingArguments`]; all of it by default. `half_lives` and `output_scale` are
+            [`calibrate_mixers`]' business.
         example_inputs (`dict`, *optional*): See [`find_attention_sites`].
 
     Returns:
@@ -79,7 +86,8 @@ def convert_to_hybrid(
 
     Raises:
         AlreadyHybridError: If a selected layer is converted already.
-        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages; nothing was changed.
+        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages;
+            nothing was changed.
 
     Example:
 
@@ -107,12 +115,16 @@ def put_mixers_(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put fresh mixers beside the selected layers' attention, in place, all switches off. Nothing is changed if one of them refuses."""
+    """
+    Put fresh mixers beside the selected layers' attention, in place, all switches off. Nothing is changed if one of
+    them refuses.
+    """
     modules = dict(model.named_modules())
     for name in selected:
         if is_hybrid_attention(modules[name]):
             raise AlreadyHybridError(
-                f"{name} of {describe(model)} is converted already. Call restore_full_attention(model) first, or select other layers."
+                f"{name} of {describe(model)} is converted already. Call restore_full_attention(model) first, or "
+                "select other layers."
             )
         check_own_forward(modules[name])
     if not isinstance(model, HybridModelMixin):
@@ -135,14 +147,16 @@ def _refuse_ported_heads(modules: dict[str, nn.Module], selected) -> None:
     for name, (site, wanted) in selected.items():
         if len(wanted) < site.num_key_value_heads and find_port(type(modules[name])) is not None:
             raise UnsupportedModelError(
-                f"{name} ({type(modules[name]).__name__}): the family computes its softmax inline, where heads cannot be taken out. Convert whole layers of "
+                f"{name} ({type(modules[name]).__name__}): the family computes its softmax inline, where heads cannot "
+                "be taken out. Convert whole layers of "
                 "it, or none."
             )
 
 
 def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Undo [`convert_to_hybrid`], in place: the model's class, config class, weights and their names are those of the family again.
+    Undo [`convert_to_hybrid`], in place: the model's class, config class, weights and their names are those of the
+    family again.
 
     Raises:
         AlreadyHybridError: If the model is not hybrid.
@@ -151,7 +165,8 @@ def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
         raise AlreadyHybridError(f"{describe(model)} is not hybrid: there is nothing to restore.")
     if model.projections != "shared" and model.config.hybrid["sites"] and not _has_deltas(model):
         raise AlreadyHybridError(
-            f"{describe(model)} was distilled with projections={model.projections!r}: its linear layers have projections of their own, over which "
+            f"{describe(model)} was distilled with projections={model.projections!r}: its linear layers have "
+            "projections of their own, over which "
             "the softmax is not what it was. Load the base model instead."
         )
     for layer in hybrid_layers(model).values():
@@ -177,18 +192,21 @@ def check_convertible(model) -> None:
     """
     Raises:
         AlreadyHybridError: If it is in distillation.
-        UnsupportedModelError: If it is no model of transformers, or carries an adapter, which a checkpoint would be taken for.
+        UnsupportedModelError: If it is no model of transformers, or carries an adapter, which a checkpoint would be
+            taken for.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}.")
     if getattr(model, "training_objective", None) is not None:
         raise AlreadyHybridError(
-            f"{describe(model)} is in distillation already: it has mixers at {len(hybrid_layers(model))} layers. Finalize it, or load the teacher again."
+            f"{describe(model)} is in distillation already: it has mixers at {len(hybrid_layers(model))} layers. "
+            "Finalize it, or load the teacher again."
         )
     adapted = next((name for name, part in model.named_modules() if type(part).__module__.startswith("peft.")), None)
     if adapted is not None or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
-            f"{describe(model)} carries an adapter ({adapted or 'loaded by load_adapter'}). Merge it first (PeftModel.merge_and_unload), or convert the base "
+            f"{describe(model)} carries an adapter ({adapted or 'loaded by load_adapter'}). Merge it first "
+            "(PeftModel.merge_and_unload), or convert the base "
             "model and add the adapter afterwards: a save would write the adapter alone."
         )
 
@@ -219,7 +237,8 @@ def warn_of_losses(losses: dict[str, tuple[str, ...]]) -> None:
     if lost:
         count = sum(bool(per_site) for per_site in losses.values())
         warnings.warn(
-            f"{count} of the {len(losses)} converted layers lose {' and '.join(lost)}: a linear layer cannot express it. Distil them, or leave "
+            f"{count} of the {len(losses)} converted layers lose {' and '.join(lost)}: a linear layer cannot express "
+            "it. Distil them, or leave "
             "them out of `layers`.",
             stacklevel=4,
         )

@@ -31,21 +31,24 @@ def prepare_distillation_(
     example_inputs: dict | None = None,
 ) -> PreTrainedModel:
     """
-    Put a mixer beside every selected attention layer, in place, with all switches off, and freeze everything else. The model computes what it did; in
-    training its forward returns local losses.
+    Put a mixer beside every selected attention layer, in place, with all switches off, and freeze everything else. The
+    model computes what it did; in training its forward returns local losses.
 
     Args:
         model (`PreTrainedModel`): The teacher.
         mixer, layers, heads, example_inputs: As in [`convert_to_hybrid`].
-        projections (`str`, *optional*, defaults to `"shared"`): What trains beside the mixers. `"shared"`: nothing, they use the layer's
-            frozen query, key, value and output projections. `"low_rank"`: a low-rank difference to them. `"full"`: a difference of their own size.
+        projections (`str`, *optional*, defaults to `"shared"`): What trains beside the mixers. `"shared"`: nothing,
+            they use the layer's frozen query, key, value and output projections. `"low_rank"`: a low-rank difference to
+            them. `"full"`: a difference of their own size.
         rank (`int`, *optional*, defaults to 8): Rank of that difference.
-        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the pretrained model, all of
-            `mixers.INITIALIZATIONS` by default. `half_lives` and `output_scale` are for [`calibrate_mixers`].
+        initialization (`str` or `Collection[str]`, *optional*): What fresh mixers take from their place in the
+            pretrained model, all of `mixers.INITIALIZATIONS` by default. `half_lives` and `output_scale` are for
+            [`calibrate_mixers`].
 
     Raises:
         AlreadyHybridError: If the model is hybrid or in distillation already.
-        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages; nothing was changed.
+        HybridConfigError, NoMatchingAttentionError, UnknownMixerError, UnsupportedModelError: See their messages;
+            nothing was changed.
     """
     config = resolve_mixer_config(mixer)
     check_projections(projections, rank, heads)
@@ -53,7 +56,8 @@ def prepare_distillation_(
     check_convertible(model)
     if isinstance(model, HybridModelMixin):
         raise AlreadyHybridError(
-            f"{describe(model)} is converted already. Distillation starts from full attention: call restore_full_attention(model) first."
+            f"{describe(model)} is converted already. Distillation starts from full attention: call "
+            "restore_full_attention(model) first."
         )
     probed = probe_attention(model, example_inputs)
     selected = select_heads(layers, heads, probed.sites, describe(model))
@@ -84,13 +88,15 @@ def is_of_students(name: str) -> bool:
 def check_projections(projections: str, rank: int, heads: Mapping | None) -> None:
     if projections not in PROJECTIONS:
         raise HybridConfigError(
-            f"projections must be one of {', '.join(PROJECTIONS)}; got {projections!r}.{closest(str(projections), PROJECTIONS)}"
+            f"projections must be one of {', '.join(PROJECTIONS)}; got "
+            f"{projections!r}.{closest(str(projections), PROJECTIONS)}"
         )
     if not isinstance(rank, int) or rank < 1:
         raise HybridConfigError(f"rank must be an integer >= 1; got {rank!r}.")
     if heads is not None and projections != "shared":
         raise HybridConfigError(
-            f"heads go with projections='shared'; got projections={projections!r}. Trained projections belong to whole layers."
+            f"heads go with projections='shared'; got projections={projections!r}. Trained projections belong to whole "
+            "layers."
         )
 
 
@@ -104,8 +110,8 @@ def discard_students_(model: PreTrainedModel) -> None:
 
 def finalize_(model: PreTrainedModel) -> PreTrainedModel:
     """
-    Drop what the switch does not use, in place: mixers of heads that are not linear go, trained differences are added to the projections, everything is in
-    the model's type and trainable. Ends a distillation.
+    Drop what the switch does not use, in place: mixers of heads that are not linear go, trained differences are added
+    to the projections, everything is in the model's type and trainable. Ends a distillation.
     """
     for layer in hybrid_layers(model).values():
         layer.local_objective = None

@@ -17,11 +17,13 @@ def linear_heads(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] | None]) -> None:
     """
-    Set the switch of a hybrid, in place: exactly these key-value heads run through their mixers, all others through the softmax.
+    Set the switch of a hybrid, in place: exactly these key-value heads run through their mixers, all others through the
+    softmax.
 
     Args:
         model (`PreTrainedModel`): With mixers: converted, in distillation, or with an adapter.
-        heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their softmax.
+        heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their
+            softmax.
 
     Raises:
         HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
@@ -31,7 +33,8 @@ def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] 
     for name, some in heads.items():
         if name not in layers:
             raise HybridConfigError(
-                f"set_linear_heads_: {name!r} has no mixer; {len(layers)} layers have.{closest(str(name), layers)} Convert it first."
+                f"set_linear_heads_: {name!r} has no mixer; {len(layers)} layers have.{closest(str(name), layers)} "
+                "Convert it first."
             )
         own = layers[name].hybrid.heads
         wanted[name] = own if some is None else check_heads(some, own, f"set_linear_heads_: {name}")
@@ -48,11 +51,13 @@ def _check_divisible(name: str, layer: HybridAttentionMixin, heads: tuple[int, .
     """Some layers are linear as a whole or not at all."""
     if layer.hybrid_delta is not None:
         raise HybridConfigError(
-            f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads {list(heads)}. Make all of its heads "
+            f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads "
+            f"{list(heads)}. Make all of its heads "
             "linear, or distil with projections='shared'."
         )
     if layer._hybrid_port is not None:
         raise UnsupportedModelError(
-            f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken out. Make all heads of the layer "
+            f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken "
+            "out. Make all heads of the layer "
             "linear, or none."
         )

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from hf_hybrid import load_mixer_bank
 from hf_hybrid.adapters.bank import BANK_FOLDER, student_state
 from hf_hybrid.errors import HybridConfigError
+from hf_hybrid.objectives.local import start_distillation_
+from hf_hybrid.surgery import prepare_distillation_
 
 from conftest import token_dataset
 from helpers import toy_trainer
@@ -212,6 +214,16 @@ def test_a_process_that_no_picture_reaches_gives_the_others_their_gradients(two)
         trained = two["mixed"][0]["parameters"]
         assert all(value.double().flatten().tolist() != trained[name] for name, value in fresh.items())
         assert last != first
+
+
+def test_what_is_to_be_gathered_by_itself():
+    model = worker.tiny_llava()
+    of_family = set(model._no_split_modules)
+    assert "CLIPTextEmbeddings" in of_family  # which this model does not have: accelerate would stop at it
+    prepare_distillation_(model, "linear_attention")
+    assert model._no_split_modules == {"LinearAttention"} | of_family - {"CLIPTextEmbeddings"}
+    start_distillation_(model)  # as the trainer does again
+    assert model.training_objective.host_units == of_family
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Cache layers of linear-attention sites. The only module that knows transformers' cache classes.
 
-They sit in an ordinary `DynamicCache` or `StaticCache` beside the layers of the softmax sites. `update`, called by the host's own
-attention code, stores nothing and hands the new keys and values through; the mixer's state lives in `recurrent_states`.
+They sit in an ordinary `DynamicCache` or `StaticCache` beside the layers of the softmax sites. `update`, called by the
+host's own attention code, stores nothing and hands the new keys and values through; the mixer's state lives in
+`recurrent_states`.
 """
 
 from .heads_layer import HybridHeadsLayer

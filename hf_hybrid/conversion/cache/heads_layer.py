@@ -9,11 +9,12 @@ from .linear_layer import HybridLinearLayer
 
 class HybridHeadsLayer(HybridLinearLayer):
     """
-    A layer some of whose key-value heads are linear: they have a state; the others have keys and values, in a layer of transformers' own kind.
+    A layer some of whose key-value heads are linear: they have a state; the others have keys and values, in a layer of
+    transformers' own kind.
 
     Args:
-        kept (`CacheLayerMixin`): The layer that the host would have here, empty; it takes the heads that are not linear, and tells how long the text is
-            and how masks are laid out.
+        kept (`CacheLayerMixin`): The layer that the host would have here, empty; it takes the heads that are not
+            linear, and tells how long the text is and how masks are laid out.
         split (`HeadSplit`): Which heads are which.
         host_states (`int`, *optional*, defaults to 0): As of [`HybridLinearLayer`].
     """
@@ -37,7 +38,8 @@ class HybridHeadsLayer(HybridLinearLayer):
         if self.holds_all_heads:
             if self.is_static and self.is_sliding:
                 raise UnsupportedModelError(
-                    "A static cache of a sliding layer holds what keys are made from, not keys, so that some of its heads cannot be linear. Use a dynamic "
+                    "A static cache of a sliding layer holds what keys are made from, not keys, so that some of its "
+                    "heads cannot be linear. Use a dynamic "
                     "cache, or convert whole layers."
                 )
             return self.kept.update(key_states, value_states, *args, **kwargs)

@@ -11,13 +11,14 @@ State = tuple[torch.Tensor, ...]
 
 class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
     """
-    State of one linear-attention site in a dynamic cache. Tracks the number of tokens seen, so that masks and positions come out right even
-    where the first layer of the model is linear. Transformers sizes its masks by the first layer that is not purely linear; where that one holds
-    something else (the keys of a picture in Mllama's cross-attention), sizes would be wrong, so this layer says it is both kinds.
+    State of one linear-attention site in a dynamic cache. Tracks the number of tokens seen, so that masks and positions
+    come out right even where the first layer of the model is linear. Transformers sizes its masks by the first layer
+    that is not purely linear; where that one holds something else (the keys of a picture in Mllama's cross-attention),
+    sizes would be wrong, so this layer says it is both kinds.
 
     Args:
-        host_states (`int`, *optional*, defaults to 0): Recurrent states that the host itself keeps in this layer, beside its attention (Falcon-H1's
-            Mamba heads). They come first; the mixer's follow.
+        host_states (`int`, *optional*, defaults to 0): Recurrent states that the host itself keeps in this layer,
+            beside its attention (Falcon-H1's Mamba heads). They come first; the mixer's follow.
     """
 
     # A dynamic cache full of linear layers must not look like a static one: generate() would take the static-mask path.
@@ -29,7 +30,8 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         super().__init__(number_of_states=host_states)
         self.host_states = host_states
         self.cumulative_length: int | torch.Tensor = 0
-        # Whether `update` returns keys as long as a softmax layer's would be, for hosts that measure them: the last entries are the new ones
+        # Whether `update` returns keys as long as a softmax layer's would be, for hosts that measure them: the last
+        # entries are the new ones
         self.full_length_keys = False
         self.new_key_values: tuple[torch.Tensor, torch.Tensor] | None = None
         # tokens that were no padding, per row; of so many tokens in all (compiled steps are not counted)
@@ -56,7 +58,10 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         self.keys = self.values = key_states.new_empty(0)  # some hosts ask how many keys a layer holds
 
     def _returned(self, key_states, value_states):
-        """The new keys and values; with `full_length_keys`, placeholders of the whole length, of zero stride so that they hold nothing."""
+        """
+        The new keys and values; with `full_length_keys`, placeholders of the whole length, of zero stride so that they
+        hold nothing.
+        """
         if not self.full_length_keys:
             return key_states, value_states
         self.new_key_values = key_states, value_states
@@ -64,7 +69,10 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         return tuple(x.new_empty(1).expand(*x.shape[:-2], length, x.shape[-1]) for x in self.new_key_values)
 
     def take_new_key_values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The keys and values of the latest `update`, once: what `full_length_keys` hid behind placeholders. The cache does not hold on to them."""
+        """
+        The keys and values of the latest `update`, once: what `full_length_keys` hid behind placeholders. The cache
+        does not hold on to them.
+        """
         taken, self.new_key_values = self.new_key_values, None
         return taken
 
@@ -78,7 +86,9 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         return -1
 
     def mask_offset(self) -> int | torch.Tensor | None:
-        """Where the next token will sit on the key axis of the host's mask; `None`: dynamic masks end at the newest token."""
+        """
+        Where the next token will sit on the key axis of the host's mask; `None`: dynamic masks end at the newest token.
+        """
         return None
 
     # -- what the attention function calls
@@ -94,7 +104,10 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         return range(self.host_states, self.number_of_states)
 
     def write_state(self, state: State, replay: Callable[[State | None, int], State], num_tokens: int) -> None:
-        """Store the state after a call of `num_tokens` tokens; `replay(state_before, n)` recomputes it for the first n of them."""
+        """
+        Store the state after a call of `num_tokens` tokens; `replay(state_before, n)` recomputes it for the first n of
+        them.
+        """
         if self.record_past:
             before = self.read_state()
             self._calls.append((None if before is None else tuple(x.clone() for x in before), replay, num_tokens))
@@ -117,7 +130,8 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
         for i, x in zip(self._own_states(), state, strict=True):
             if x is self.recurrent_states[i]:  # written in place
                 continue
-            # copying in place would overwrite what autograd saved, and is not allowed into what was made in inference mode
+            # copying in place would overwrite what autograd saved, and is not allowed into what was made in inference
+            # mode
             if (torch.is_grad_enabled() and x.requires_grad) or _is_frozen(self.recurrent_states[i]):
                 self.recurrent_states[i], self.is_recurrent_states_initialized[i] = x, True
             else:
@@ -131,7 +145,10 @@ class HybridLinearLayer(LinearAttentionAndFullAttentionLayer):
             self._real_tokens = self._real_tokens + (num_tokens if valid is None else valid.sum(-1))
 
     def real_tokens_seen(self, before: int) -> int | torch.Tensor | None:
-        """Tokens in the state that were no padding, `[B]` or for all rows, when `before` new ones are counted as seen already; `None`: not known."""
+        """
+        Tokens in the state that were no padding, `[B]` or for all rows, when `before` new ones are counted as seen
+        already; `None`: not known.
+        """
         return self._real_tokens if self._counted == int(self.get_seq_length()) - before else None
 
     def state_bytes(self) -> int:
@@ -218,8 +235,9 @@ class StaticHybridLinearLayer(HybridLinearLayer):
     The same in a `StaticCache`: the token counter is a tensor, so that a compiled decode step is compiled once.
 
     Args:
-        replaced (`CacheLayerMixin`): The static layer whose place this one takes. It stays empty, and goes on telling how masks are laid
-            out: full and sliding static layers differ, and the host shares one mask among all its layers of a kind.
+        replaced (`CacheLayerMixin`): The static layer whose place this one takes. It stays empty, and goes on telling
+            how masks are laid out: full and sliding static layers differ, and the host shares one mask among all its
+            layers of a kind.
         host_states (`int`, *optional*, defaults to 0): As above.
     """
 

@@ -43,7 +43,8 @@ def linear_cache_layer(
     cache: Cache | EncoderDecoderCache, layer_idx: int, split: HeadSplit | None = None
 ) -> HybridLinearLayer:
     """
-    The linear layer at `layer_idx` of a cache, put there if the cache (the user's own, or one a model built) has none yet.
+    The linear layer at `layer_idx` of a cache, put there if the cache (the user's own, or one a model built) has none
+    yet.
 
     Args:
         cache (`Cache`): Any.
@@ -64,17 +65,20 @@ def linear_cache_layer(
     if isinstance(current, HybridLinearLayer):
         if (current.split if isinstance(current, HybridHeadsLayer) else None) != split:
             raise UnsupportedModelError(
-                f"The cache was filled while other heads of layer {layer_idx} were linear. Start from an empty cache after the switch was set."
+                f"The cache was filled while other heads of layer {layer_idx} were linear. Start from an empty cache "
+                "after the switch was set."
             )
         return current
     if isinstance(current, BaseQuantizedLayer):
         raise UnsupportedModelError(
-            f"Quantized caches ({type(current).__name__}) keep softmax keys in a form of their own, which a linear layer does not have. Leave "
+            f"Quantized caches ({type(current).__name__}) keep softmax keys in a form of their own, which a linear "
+            "layer does not have. Leave "
             "cache_implementation='quantized' out: linear layers need no cache that grows."
         )
     if not is_plain_cache_layer(current):
         raise UnsupportedModelError(
-            f"Layer {layer_idx} keeps more than keys and values in the cache ({type(current).__name__}), which a linear-attention layer cannot serve. "
+            f"Layer {layer_idx} keeps more than keys and values in the cache ({type(current).__name__}), which a "
+            "linear-attention layer cannot serve. "
             "Leave the layer out of `layers`."
         )
     if int(current.get_seq_length()) > 0:
@@ -111,12 +115,15 @@ def check_softmax_layer(cache: Cache | EncoderDecoderCache, layer_idx: int) -> N
         cache = cache.self_attention_cache
     if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], HybridLinearLayer):
         raise UnsupportedModelError(
-            f"The cache was filled while layer {layer_idx} was linear, which it is not any more. Start from an empty cache after the switch was set."
+            f"The cache was filled while layer {layer_idx} was linear, which it is not any more. Start from an empty "
+            "cache after the switch was set."
         )
 
 
 def _without_host_states(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """An empty layer for keys and values laid out as those of `layer`, of a host that keeps states of its own beside them."""
+    """
+    An empty layer for keys and values laid out as those of `layer`, of a host that keeps states of its own beside them.
+    """
     if isinstance(layer, StaticSlidingWindowLayer):
         return StaticSlidingWindowLayer(layer.max_cache_len, layer.max_cache_len)
     if isinstance(layer, StaticLayer):
@@ -125,8 +132,8 @@ def _without_host_states(layer: CacheLayerMixin) -> CacheLayerMixin:
 
 
 def is_plain_cache_layer(layer: CacheLayerMixin) -> bool:
-    """Whether a cache layer holds the keys and values of one softmax, and at most recurrent states of the host beside them: no indexer, no
-    compressed blocks."""
+    """Whether a cache layer holds the keys and values of one softmax, and at most recurrent states of the host beside
+    them: no indexer, no compressed blocks."""
     return type(layer) in (*PLAIN_LAYERS, *SHARED_LAYERS)
 
 

@@ -19,12 +19,15 @@ MASK_ARGUMENTS = ("attention_mask", "decoder_attention_mask")
 @dataclasses.dataclass
 class CustomMasks:
     """
-    Masks [B, H, Q, KV] that came into a model as they are: from users, or from `generate`, which makes them for static caches. Transformers hands
-    them to the layers unread; linear layers can follow some of them only, and find out before they compute ([`CustomMasks.check`]).
+    Masks [B, H, Q, KV] that came into a model as they are: from users, or from `generate`, which makes them for static
+    caches. Transformers hands them to the layers unread; linear layers can follow some of them only, and find out
+    before they compute ([`CustomMasks.check`]).
 
     Attributes:
-        shapes (`set[tuple[int, int]]`): Queries and keys of the masks given. Towers that make masks of their own are left alone.
-        pictures (`bool`): Whether the family lets the tokens of a picture see each other, which conversion has said is lost.
+        shapes (`set[tuple[int, int]]`): Queries and keys of the masks given. Towers that make masks of their own are
+            left alone.
+        pictures (`bool`): Whether the family lets the tokens of a picture see each other, which conversion has said is
+            lost.
     """
 
     shapes: set[tuple[int, int]]
@@ -40,8 +43,8 @@ class CustomMasks:
 
     def check(self, mask, causal: bool, offset, segments, span: Span, past: int | torch.Tensor | None) -> None:
         """
-        Refuse a mask that a linear layer would not follow. Looking costs a few passes over it. Of single tokens a mask does not say whether what it hides
-        is padding: not for them.
+        Refuse a mask that a linear layer would not follow. Looking costs a few passes over it. Of single tokens a mask
+        does not say whether what it hides is padding: not for them.
 
         Args:
             mask: What reached the layer: bool (`True`: seen), added to scores, or flex attention's `BlockMask`.
@@ -49,7 +52,8 @@ class CustomMasks:
             offset (`int` or `torch.Tensor`): Position of the first new token on the mask's key axis.
             segments (`torch.Tensor`, *optional*): Packed sequence of every token, int `[B, T]`.
             span (`Span`): How far the host itself looks back.
-            past (`int` or `torch.Tensor`, *optional*): Tokens that the layer's state has taken in, of every row `[B]`; `None`: not known.
+            past (`int` or `torch.Tensor`, *optional*): Tokens that the layer's state has taken in, of every row `[B]`;
+                `None`: not known.
 
         Raises:
             UnsupportedModelError: If the mask says more than the layer can follow.
@@ -72,8 +76,10 @@ class CustomMasks:
                 problem = "lets tokens see later ones" if bool(seen.triu(int(offset) + 1).any()) else "hides more"
         if problem is not None:
             raise UnsupportedModelError(
-                f"A linear layer follows masks that hide padding{', the future' if causal else ''} and other packed sequences; the 4D attention mask "
-                f"of shape {list(mask.shape)} {problem}. Pass a mask [B, T] of the tokens that exist; packed sequences are fine, also by position_ids "
+                f"A linear layer follows masks that hide padding{', the future' if causal else ''} and other packed "
+                "sequences; the 4D attention mask "
+                f"of shape {list(mask.shape)} {problem}. Pass a mask [B, T] of the tokens that exist; packed sequences "
+                "are fine, also by position_ids "
                 "that restart."
             )
         self._fine[key] = weakref.ref(mask)
@@ -95,7 +101,10 @@ def _dense(mask) -> tuple[torch.Tensor, bool]:
 
 
 def _forms(seen, offset, segments, span: Span, pictures: bool, past) -> Iterator[torch.Tensor]:
-    """Where `seen` agrees with each mask that a causal layer can follow, or that the host itself lays over its own attention."""
+    """
+    Where `seen` agrees with each mask that a causal layer can follow, or that the host itself lays over its own
+    attention.
+    """
     queries, keys = seen.shape[-2:]
     exists = seen.any(-2, keepdim=True)  # a key that some query sees: [B, H, 1, KV]
     at = torch.arange(queries, device=seen.device) + offset
@@ -126,7 +135,9 @@ def _may_be_custom(mask) -> bool:
 
 
 def _given_masks(args: tuple, kwargs: dict) -> set[tuple[int, int]]:
-    """Queries and keys of what may be a mask [B, H, Q, KV] among the arguments of a forward; cheap, and mostly empty."""
+    """
+    Queries and keys of what may be a mask [B, H, Q, KV] among the arguments of a forward; cheap, and mostly empty.
+    """
     given = (*args[:4], *(kwargs.get(name) for name in MASK_ARGUMENTS))
     return {
         tuple(mask.shape[-2:])
@@ -138,8 +149,9 @@ def _given_masks(args: tuple, kwargs: dict) -> set[tuple[int, int]]:
 
 def tell_of_masks(model: nn.Module, args: tuple, kwargs: dict, layers: Callable[[], Iterable[nn.Module]]) -> None:
     """
-    Before every forward: tell the linear layers of `model`, which `layers` lists, of the 4D masks among its arguments, and whether it is given positions.
-    They know until the next forward: a checkpointed layer runs once more in the backward pass.
+    Before every forward: tell the linear layers of `model`, which `layers` lists, of the 4D masks among its arguments,
+    and whether it is given positions. They know until the next forward: a checkpointed layer runs once more in the
+    backward pass.
     """
     told = model.__dict__.get("_hybrid_told_of_masks", (False, False))
     positions = kwargs.get("position_ids") is not None

@@ -11,17 +11,17 @@ def packed_segments(
     """
     Packed sequence of every token, int `[B, T]`, or `None` when each row is one sequence.
 
-    Read from `cu_seq_lens_q`, else from restarts of `position_ids` (the rule of `find_packed_sequence_indices` in transformers) and from the mask: a token
-    that does not see the one before it begins a sequence. Padding may have any positions, and lie between sequences: tokens that exist are compared
-    with the last one before them that does.
+    Read from `cu_seq_lens_q`, else from restarts of `position_ids` (the rule of `find_packed_sequence_indices` in
+    transformers) and from the mask: a token that does not see the one before it begins a sequence. Padding may have any
+    positions, and lie between sequences: tokens that exist are compared with the last one before them that does.
 
     Args:
         kwargs (`dict`): `cu_seq_lens_q` and `position_ids`, if the layer is given them.
         valid (`torch.Tensor`, *optional*): Which tokens exist, bool `[B, T]`.
         query (`torch.Tensor`): `[B, T, H, K]`; only its shape and device are used.
         mask (*optional*): As it reaches the layer. Of a layer without past tokens, `[B, 1 or H, T, T or more]`.
-        causal (`bool`): Whether the layer is. What the mask of one that is not hides may also be windows or blocks of pictures:
-            it must be that of packed sequences, entry by entry.
+        causal (`bool`): Whether the layer is. What the mask of one that is not hides may also be windows or blocks of
+            pictures: it must be that of packed sequences, entry by entry.
         span (`Span`): How far the host itself looks back. What that hides is no beginning.
     """
     batch, length = query.shape[:2]
@@ -52,7 +52,10 @@ def _number(starts: torch.Tensor) -> torch.Tensor:
 
 
 def _last_before(valid: torch.Tensor | None, length: int, device) -> torch.Tensor:
-    """For tokens 1 to T - 1 the last token before that exists, `[B, T - 1]`; -1 for the first ones, and for padding itself."""
+    """
+    For tokens 1 to T - 1 the last token before that exists, `[B, T - 1]`; -1 for the first ones, and for padding
+    itself.
+    """
     index = torch.arange(length, device=device)
     if valid is None:
         return index[None, :-1]

@@ -1,4 +1,7 @@
-"""What an attention mask says to a layer that has no scores to mask: which tokens exist, and how far the host itself looks back."""
+"""
+What an attention mask says to a layer that has no scores to mask: which tokens exist, and how far the host itself looks
+back.
+"""
 
 import dataclasses
 
@@ -18,8 +21,8 @@ def valid_tokens(mask, length: int, offset, device) -> torch.Tensor | None:
     """
     Which new tokens exist, bool `[B, T]`, from whatever form of mask reaches the layer; `None` when all do.
 
-    A causal mask tells by its diagonal: a padded token does not see itself. `offset` is the position of the first new token on the
-    mask's key axis.
+    A causal mask tells by its diagonal: a padded token does not see itself. `offset` is the position of the first new
+    token on the mask's key axis.
     """
     if mask is None:
         return None
@@ -46,7 +49,8 @@ def shown(mask: torch.Tensor) -> torch.Tensor:
         return mask
     if not mask.is_floating_point():
         raise UnsupportedModelError(
-            f"The 4D attention mask has dtype {mask.dtype}. Pass booleans (True: seen), numbers that are added to scores, or a mask [B, T]."
+            f"The 4D attention mask has dtype {mask.dtype}. Pass booleans (True: seen), numbers that are added to "
+            "scores, or a mask [B, T]."
         )
     return mask > torch.finfo(mask.dtype).min / 2
 
@@ -58,8 +62,9 @@ def is_block_mask(mask) -> bool:
 
 def within_keys(offset, length: int, num_keys: int):
     """
-    `offset`, at most so that `length` tokens end with the last of `num_keys` keys. Where every layer is linear, a static cache lays all masks out like
-    its first layer's, and a full sliding one ends at the newest token whatever its position.
+    `offset`, at most so that `length` tokens end with the last of `num_keys` keys. Where every layer is linear, a
+    static cache lays all masks out like its first layer's, and a full sliding one ends at the newest token whatever its
+    position.
     """
     most = max(num_keys - length, 0)
     return offset.clamp_max(most) if torch.is_tensor(offset) else min(offset, most)
@@ -67,7 +72,10 @@ def within_keys(offset, length: int, num_keys: int):
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """How far a host's causal layer looks back by itself: `window` tokens (sliding window), or to the beginning of its `chunk` of so many."""
+    """
+    How far a host's causal layer looks back by itself: `window` tokens (sliding window), or to the beginning of its
+    `chunk` of so many.
+    """
 
     window: int | None = None
     chunk: int | None = None

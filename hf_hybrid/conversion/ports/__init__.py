@@ -1,10 +1,12 @@
 """
-Families that compute attention inline: one small file each, which says how such a layer comes by its queries, keys and values.
+Families that compute attention inline: one small file each, which says how such a layer comes by its queries, keys and
+values.
 
-A port is a function `(attention, module, *args, **kwargs)` with the arguments and the result of the module's own `forward`, but that it calls
-`attention(module, query, key, value, mask, scaling=…)` where the family computes a softmax. It runs for linear layers (and for the probe) only: a layer
-that keeps its softmax runs the family's own code, so that its numbers cannot change. Biases that the family adds to its scores are handed on by name; a
-linear layer cannot express them, and conversion says so.
+A port is a function `(attention, module, *args, **kwargs)` with the arguments and the result of the module's own
+`forward`, but that it calls `attention(module, query, key, value, mask, scaling=…)` where the family computes a
+softmax. It runs for linear layers (and for the probe) only: a layer that keeps its softmax runs the family's own code,
+so that its numbers cannot change. Biases that the family adds to its scores are handed on by name; a linear layer
+cannot express them, and conversion says so.
 """
 
 from collections.abc import Callable
@@ -12,7 +14,8 @@ from collections.abc import Callable
 from . import bloom, deberta, deberta_v2, falcon, gptj, mpnet, mpt
 
 
-# By module and name of the attention class, so that no family is imported that nobody uses. Subclasses (flash attention) are not ported.
+# By module and name of the attention class, so that no family is imported that nobody uses. Subclasses (flash
+# attention) are not ported.
 PORTS: dict[str, Callable] = {
     "transformers.models.bloom.modeling_bloom.BloomAttention": bloom.forward,
     "transformers.models.deberta.modeling_deberta.DisentangledSelfAttention": deberta.forward,
@@ -25,7 +28,9 @@ PORTS: dict[str, Callable] = {
 
 
 def find_port(attention_class: type) -> Callable | None:
-    """The port of a family's attention class, or `None`: it calls the attention interface itself, or nobody wrote one."""
+    """
+    The port of a family's attention class, or `None`: it calls the attention interface itself, or nobody wrote one.
+    """
     return PORTS.get(f"{attention_class.__module__}.{attention_class.__qualname__}")
 
 

@@ -4,9 +4,17 @@ from transformers.models.bloom.modeling_bloom import dropout_add
 
 
 def forward(
-    attention, module, hidden_states, residual, alibi, attention_mask, layer_past=None, use_cache=False,
-    output_attentions=False, **kwargs,
-):  # fmt: skip
+    attention,
+    module,
+    hidden_states,
+    residual,
+    alibi,
+    attention_mask,
+    layer_past=None,
+    use_cache=False,
+    output_attentions=False,
+    **kwargs,
+):
     query, key, value = module._reshape(module.query_key_value(hidden_states))
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)

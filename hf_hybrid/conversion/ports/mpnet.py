@@ -9,8 +9,14 @@ def forward(
         projection(hidden_states).view(shape).transpose(1, 2) for projection in (module.q, module.k, module.v)
     )
     output, _ = attention(
-        module, query, key, value, attention_mask, scaling=module.attention_head_size**-0.5, is_causal=False,
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling=module.attention_head_size**-0.5,
+        is_causal=False,
         position_bias=position_bias,
-    )  # fmt: skip
+    )
     output = module.o(output.flatten(2))
     return (output, None) if output_attentions else (output,)

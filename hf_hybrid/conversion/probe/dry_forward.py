@@ -1,7 +1,9 @@
-"""Where attention can be replaced, measured: one dry forward with a recording attention function in place of every softmax.
+"""Where attention can be replaced, measured: one dry forward with a recording attention function in place of every
+softmax.
 
-Nothing is guessed from names or source code. A module is a site if it calls the attention interface once per forward (or once per stretch of its
-input), attending from a sequence to itself; heads, sizes and causality are read off the call. What is no site is listed with the reason.
+Nothing is guessed from names or source code. A module is a site if it calls the attention interface once per forward
+(or once per stretch of its input), attending from a sequence to itself; heads, sizes and causality are read off the
+call. What is no site is listed with the reason.
 """
 
 import inspect
@@ -22,13 +24,16 @@ from .rules import REFUSED, ProbedModel, sort_out
 
 def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) -> ProbedModel:
     """
-    Every attention site of `model` in the model's order, with what a linear layer there would lose, and what is no site and why.
+    Every attention site of `model` in the model's order, with what a linear layer there would lose, and what is no site
+    and why.
 
-    Towers that the forward does not reach (the vision encoder of a language model that was given text) are run by themselves.
+    Towers that the forward does not reach (the vision encoder of a language model that was given text) are run by
+    themselves.
 
     Args:
         model (`PreTrainedModel`): Any model; without weights too (on the meta device). It comes back unchanged.
-        example_inputs (`dict`, *optional*): Keyword arguments of one forward; by default a few tokens, a picture or a sound, by the model's config.
+        example_inputs (`dict`, *optional*): Keyword arguments of one forward; by default a few tokens, a picture or a
+            sound, by the model's config.
 
     Raises:
         UnsupportedModelError: If there is no site, or no forward succeeds.
@@ -40,12 +45,14 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
     if type(model).forward is nn.Module.forward:
         parts = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
         raise UnsupportedModelError(
-            f"{description} has no forward of its own, only what it builds on its parts. Convert those that attend: {', '.join(parts) or 'none'}."
+            f"{description} has no forward of its own, only what it builds on its parts. Convert those that attend: "
+            f"{', '.join(parts) or 'none'}."
         )
     if model.config.model_type in REFUSED:
         # nothing is run: their own memories would keep what the dry forward computes
         raise UnsupportedModelError(
-            f"{description} has no attention layer that hf_hybrid can replace: it {REFUSED[model.config.model_type]}. A linear layer there would be "
+            f"{description} has no attention layer that hf_hybrid can replace: it {REFUSED[model.config.model_type]}. "
+            "A linear layer there would be "
             "another function."
         )
     with recording(model) as running, torch.no_grad():
@@ -57,7 +64,8 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
         error, found = _first_success(model, candidates, running, filled)
         if error is not None:
             raise UnsupportedModelError(
-                f"The dry forward of {description} failed: {type(error).__name__}: {error}. Pass example_inputs=… with the arguments its forward "
+                f"The dry forward of {description} failed: {type(error).__name__}: {error}. Pass example_inputs=… with "
+                "the arguments its forward "
                 "needs."
             ) from error
         inline.update(found)
@@ -80,8 +88,8 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
 
 def _first_success(model, candidates, running, filled: list | None = None) -> tuple[Exception | None, dict[str, None]]:
     """
-    Run the model on the first inputs it accepts. The error is that of the likeliest ones, the names are of inline softmaxes; the layers of the cache that
-    it gave back go into `filled`.
+    Run the model on the first inputs it accepts. The error is that of the likeliest ones, the names are of inline
+    softmaxes; the layers of the cache that it gave back go into `filled`.
     """
     first_error = None
     for inputs, may_skip in ((inputs, may_skip) for inputs in candidates for may_skip in (False, True)):
@@ -115,7 +123,8 @@ def _mark_changing_lengths(model, records: dict[str, Record], running) -> None:
 def _with_use_cache(model, inputs: dict) -> dict:
     if "use_cache" not in inspect.signature(model.forward).parameters:
         return {name: value for name, value in inputs.items() if name != "use_cache"}
-    # without weights: with a cache, transformers does not look whether position ids are those of a packed row, which it could not
+    # without weights: with a cache, transformers does not look whether position ids are those of a packed row, which it
+    # could not
     return {"use_cache": execution_device(model).type == "meta", **inputs}
 
 

@@ -1,4 +1,7 @@
-"""The recording: every attention of a model notes how it is called instead of computing, and everything is put back afterwards."""
+"""
+The recording: every attention of a model notes how it is called instead of computing, and everything is put back
+afterwards.
+"""
 
 import contextlib
 import contextvars
@@ -48,7 +51,10 @@ def _record(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
 
 def _is_causal(mask, keyword, attribute) -> bool:
-    """The mask is the ground truth (some bidirectional models keep `is_causal=True`); then the keyword, the attribute, SDPA's rule."""
+    """
+    The mask is the ground truth (some bidirectional models keep `is_causal=True`); then the keyword, the attribute,
+    SDPA's rule.
+    """
     if torch.is_tensor(mask) and mask.ndim == 4 and mask.device.type != "meta":
         if mask.shape[-2] == 1:
             return False
@@ -64,7 +70,9 @@ def _is_causal(mask, keyword, attribute) -> bool:
 
 
 def _lost_with_mask(mask: torch.Tensor, causal: bool) -> list[str]:
-    """Numbers added to scores are a bias; rows that see different tokens, in a bidirectional layer, are windows or blocks."""
+    """
+    Numbers added to scores are a bias; rows that see different tokens, in a bidirectional layer, are windows or blocks.
+    """
     lost = []
     if mask.is_floating_point() and bool(((mask != 0) & shown(mask)).any()):
         lost.append(LOST_BIAS)
@@ -79,8 +87,8 @@ MAY_SKIP = contextvars.ContextVar("may_skip", default=False)
 
 def _probe_mask(*args, **kwargs):
     """
-    Always an explicit mask, also where the host would do without one: causality is read off it. On the CPU, so that it can be read where the model has no
-    weights (meta device).
+    Always an explicit mask, also where the host would do without one: causality is read off it. On the CPU, so that it
+    can be read where the model has no weights (meta device).
     """
     device = kwargs.get("device")
     if device is not None and torch.device(device).type == "meta":
@@ -169,8 +177,8 @@ def recording(model: nn.Module):
 
 def _attributes(module: nn.Module) -> dict[str, tuple]:
     """
-    What a forward, or the probe, may leave on a module: states, tables it looked up, another kind of attention for short texts; mode and forward. Every
-    attribute with a copy of what it holds, if it is a container.
+    What a forward, or the probe, may leave on a module: states, tables it looked up, another kind of attention for
+    short texts; mode and forward. Every attribute with a copy of what it holds, if it is a container.
     """
     private = ("_modules", "_buffers", "_old_forward")
     names = [name for name in vars(module) if not name.startswith("_") or name in private]

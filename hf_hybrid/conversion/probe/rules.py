@@ -34,12 +34,15 @@ class ProbedModel:
 
     Attributes:
         sites (`list[AttentionSite]`): Where attention can be replaced, in the model's order.
-        lost (`dict[str, tuple[str, ...]]`): What a linear layer at a site cannot carry over, by the site's name; empty for most.
+        lost (`dict[str, tuple[str, ...]]`): What a linear layer at a site cannot carry over, by the site's name; empty
+            for most.
         excluded (`dict[str, str]`): Attention modules that call the interface and still are no sites: name and reason.
         inline (`tuple[str, ...]`): Classes of modules that compute a softmax over scores by themselves.
-        windows (`dict[str, int]`): Keys that the host itself keeps in its cache, by the name of the site, where it looks back through a window.
-        cached (`dict[str, int]`): Numbers that the host caches per token, by the name of the causal site. Known where the dry forward had a cache (on the
-            meta device); fewer than its keys and values where it keeps something they are made from (DeepSeek's latents).
+        windows (`dict[str, int]`): Keys that the host itself keeps in its cache, by the name of the site, where it
+            looks back through a window.
+        cached (`dict[str, int]`): Numbers that the host caches per token, by the name of the causal site. Known where
+            the dry forward had a cache (on the meta device); fewer than its keys and values where it keeps something
+            they are made from (DeepSeek's latents).
     """
 
     sites: list[AttentionSite]
@@ -60,7 +63,8 @@ class ProbedModel:
         if self.inline:
             computes = "computes" if len(self.inline) == 1 else "compute"
             return (
-                f"{', '.join(self.inline[:3])} {computes} attention inline and not through transformers' AttentionInterface. Such families need a port "
+                f"{', '.join(self.inline[:3])} {computes} attention inline and not through transformers' "
+                "AttentionInterface. Such families need a port "
                 "(see hf_hybrid.ports)."
             )
         return "none of its modules computes attention that it could find. There is nothing to replace."
@@ -140,7 +144,10 @@ def _why_no_site(record: Record, calls: list[Call]) -> str | None:
 
 
 def _why_one_state_is_too_few(record: Record, layer_idx: int | None) -> str | None:
-    """A module that runs several times per forward of the model, each time into another slot of the cache that we are not told."""
+    """
+    A module that runs several times per forward of the model, each time into another slot of the cache that we are not
+    told.
+    """
     slots = [calls[0].layer_idx for calls in record.calls if calls]
     if layer_idx is None or len(slots) == 1 or None not in slots:
         return None
@@ -184,7 +191,10 @@ def _why_not_cached(layers: list[CacheLayerMixin], layer_idx: int | None) -> str
 
 
 def _part_of(model: nn.Module, name: str) -> str:
-    """The part of the model a site belongs to: `encoder` or `decoder` of an encoder-decoder, else the modality of the tower around it."""
+    """
+    The part of the model a site belongs to: `encoder` or `decoder` of an encoder-decoder, else the modality of the
+    tower around it.
+    """
     if getattr(model.config, "is_encoder_decoder", False):
         for part in ("encoder", "decoder"):
             if part in name.split(".") or any(piece.endswith("_" + part) for piece in name.split(".")):

@@ -1,9 +1,9 @@
 """Chunkwise forms in plain torch: matrix products inside a chunk of tokens, a running state between chunks.
 
-Run anywhere; same signatures and results as `naive`. Axes as there, plus `C` tokens per chunk, `N` chunks, and `R` states (one for
-every sequence and key-value head), which is the batch of all products: a group of query heads is folded into the rows of one product, so
-that keys, values and state are never repeated per query head. Why the loops look the way they do is told, with measurements, in
-`docs/explanation/cpu_speed.md`.
+Run anywhere; same signatures and results as `naive`. Axes as there, plus `C` tokens per chunk, `N` chunks, and `R`
+states (one for every sequence and key-value head), which is the batch of all products: a group of query heads is folded
+into the rows of one product, so that keys, values and state are never repeated per query head. Why the loops look the
+way they do is told, with measurements, in `docs/explanation/cpu_speed.md`.
 """
 
 from .gated import chunk_gated_delta_rule, chunk_gated_linear_attention

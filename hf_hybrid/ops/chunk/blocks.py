@@ -36,8 +36,9 @@ def divide(x, y, to):
 
 def running_states(state, increments, dtype):
     """
-    States before each chunk, `[B, N, H, F, V]` in `dtype`, and after the last, fp32 or wider. Summed from the front, never "total minus
-    own": the difference of two large sums would cost digits. `state` `[B, H, F, V]` or `None`; `increments` `[B, N, H, F, V]`.
+    States before each chunk, `[B, N, H, F, V]` in `dtype`, and after the last, fp32 or wider. Summed from the front,
+    never "total minus own": the difference of two large sums would cost digits. `state` `[B, H, F, V]` or `None`;
+    `increments` `[B, N, H, F, V]`.
     """
     states = increments.new_empty(increments.shape, dtype=dtype)
     wide = torch.promote_types(increments.dtype, torch.float32)

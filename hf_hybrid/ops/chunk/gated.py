@@ -1,6 +1,7 @@
 """Chunkwise gated linear attention and gated delta rule, with one log-decay per head or one per key channel.
 
-Several chunks are prepared at a time (a block): everything that does not need the running state is a few large batched products. Decays
+Several chunks are prepared at a time (a block): everything that does not need the running state is a few large batched
+    products. Decays
 appear only as differences of cumulative sums, so that no exponent is ever far above zero. Left to autograd.
 """
 
@@ -35,8 +36,8 @@ def chunk_gated_linear_attention(
     """
     Chunkwise [`naive_gated_linear_attention`]: same arguments, shapes and results.
 
-    With decays per channel, `min_decay` decides the form, see [`sub_chunk_size_of`]: down to -2 one product per chunk ("direct"), down to -4
-    two ("safe"), else more.
+    With decays per channel, `min_decay` decides the form, see [`sub_chunk_size_of`]: down to -2 one product per chunk
+    ("direct"), down to -4 two ("safe"), else more.
     """
     block = _linear_block if decay.ndim == 3 else _channel_linear_block
     return _scan(
@@ -45,12 +46,22 @@ def chunk_gated_linear_attention(
 
 
 def chunk_gated_delta_rule(
-    query, key, value, *, decay, beta, scale, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False,
+    query,
+    key,
+    value,
+    *,
+    decay,
+    beta,
+    scale,
+    qk_l2norm=False,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
     chunk_size=CHUNK_SIZE,
-):  # fmt: skip
+):
     """
-    Chunkwise [`naive_gated_delta_rule`]: same arguments, shapes and results. Always computed in fp32 or wider: the triangular solve
-    of nearly parallel keys multiplies rounding errors.
+    Chunkwise [`naive_gated_delta_rule`]: same arguments, shapes and results. Always computed in fp32 or wider: the
+    triangular solve of nearly parallel keys multiplies rounding errors.
     """
     return _scan(
         _delta_block,
@@ -70,8 +81,9 @@ def chunk_gated_delta_rule(
 
 def sub_chunk_size_of(min_decay: float, chunk_size: int) -> int:
     """
-    Rows of a chunk that may share one reference point of their decays per channel, the first of them, so that no `exp` overflows. Follows
-    from the mixer, not from the data: an output must not depend on how strong some later decay is, not even by its rounding.
+    Rows of a chunk that may share one reference point of their decays per channel, the first of them, so that no `exp`
+    overflows. Follows from the mixer, not from the data: an output must not depend on how strong some later decay is,
+    not even by its rounding.
     """
     fits = (size for size in (chunk_size, 16, 8) if chunk_size % size == 0 and -min_decay * size <= LARGEST_EXPONENT)
     return next(fits, 4)  # STRONGEST_CHANNEL_DECAY fits into 4
@@ -174,7 +186,8 @@ def _channel_linear_block(state, rows, columns, values, cumulative, strength, su
         last = cumulative[:, :, -1:]
         values = values.reshape(matrices, size, -1)
         if sub_chunk_size == size:
-            # one reference for the whole chunk: rows e^(b - r), columns e^(r - b); the state's rows take e^r instead of the queries
+            # one reference for the whole chunk: rows e^(b - r), columns e^(r - b); the state's rows take e^r instead of
+            # the queries
             reference = cumulative[:, :, :1]
             rows = (rows * (cumulative - reference).exp().unsqueeze(2).to(dtype)).reshape(
                 matrices, groups * size, key_dim
@@ -196,7 +209,9 @@ def _channel_linear_block(state, rows, columns, values, cumulative, strength, su
 
 
 def _run(state, decays, increments, factor=None):
-    """The only sequential part. Returns `(states before each chunk [R, N, K, V], state after the last)`, fp32 or wider."""
+    """
+    The only sequential part. Returns `(states before each chunk [R, N, K, V], state after the last)`, fp32 or wider.
+    """
     states = []
     decays = decays.transpose(2, 3)  # [R, N, 1 or K, 1]
     increments = increments.to(state.dtype)
@@ -211,9 +226,9 @@ def _run(state, decays, increments, factor=None):
 def _delta_block(state, rows, columns, values, cumulative, strength, sub_chunk_size, in_place):
     r"""
     One block of the delta rule. Within a chunk the writes $u$ solve $(I + L) u = \beta (v - \tilde k^\top S)$ with
-    $L_{ij} = \beta_i\, e^{b_i - b_j} k_i^\top k_j$ for $j < i$: $T = (I + L)^{-1}$ is found for all chunks at once, and applied where the
-    state is known: $T (v - \tilde k^\top S)$, not $T v - (T \tilde k)^\top S$, which are large numbers of small difference where keys are nearly
-    parallel. Returns `([R, N, G * C, V], state)`.
+    $L_{ij} = \beta_i\, e^{b_i - b_j} k_i^\top k_j$ for $j < i$: $T = (I + L)^{-1}$ is found for all chunks at once, and
+    applied where the state is known: $T (v - \tilde k^\top S)$, not $T v - (T \tilde k)^\top S$, which are large
+    numbers of small difference where keys are nearly parallel. Returns `([R, N, G * C, V], state)`.
     """
     num_states, num_chunks, groups, size, key_dim = rows.shape
     matrices, split = num_states * num_chunks, groups * size
@@ -283,7 +298,9 @@ def _times(x, factor, in_place):
 
 
 class _UnitLowerInverse(torch.autograd.Function):
-    """`(I + L)^-1` of strictly lower triangular `L` `[M, C, C]`; the diagonal and above of the argument are not read."""
+    """
+    `(I + L)^-1` of strictly lower triangular `L` `[M, C, C]`; the diagonal and above of the argument are not read.
+    """
 
     @staticmethod
     def forward(ctx, lower):

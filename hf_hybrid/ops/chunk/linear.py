@@ -1,10 +1,11 @@
 """Chunkwise linear attention with its feature maps inside the loop, forward and backward.
 
-The features of a whole sequence are several times larger than its keys, and a fresh allocation of that size costs a CPU more time (page
-faults) than the arithmetic on it. So the maps are applied to a block of chunks at a time, in buffers that stay in cache, and the backward
-pass keeps only the inputs, the output, its denominators and one state per block.
+The features of a whole sequence are several times larger than its keys, and a fresh allocation of that size costs a CPU
+more time (page faults) than the arithmetic on it. So the maps are applied to a block of chunks at a time, in buffers
+that stay in cache, and the backward pass keeps only the inputs, the output, its denominators and one state per block.
 
-Axes inside a block: `[B, N, H, C, K]`, so that `B * N * H_kv` matrices go into each batched product, and a feature map sees `[.., H, C, K]`.
+Axes inside a block: `[B, N, H, C, K]`, so that `B * N * H_kv` matrices go into each batched product, and a feature map
+sees `[.., H, C, K]`.
 """
 
 import torch
@@ -15,8 +16,8 @@ from .blocks import blocks, by_chunk, divide, running_states
 from .gated import chunk_gated_linear_attention
 
 
-# Tokens per chunk: the work inside chunks, quadratic in this, balances the work on the state. Of the smaller products of a smaller chunk
-# two-byte types, which multiply faster, make less.
+# Tokens per chunk: the work inside chunks, quadratic in this, balances the work on the state. Of the smaller products
+# of a smaller chunk two-byte types, which multiply faster, make less.
 CHUNK_SIZE = {4: 32, 2: 64}  # by bytes per number
 # So few tokens are one chunk: calls cost more than arithmetic.
 ONE_CHUNK = 128
@@ -33,10 +34,21 @@ def block_bytes_per_token(query, feature_map_q) -> int:
 
 
 def chunk_linear_attention(
-    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
-    normalize=True, chunk_size=None,
-):  # fmt: skip
-    """Chunkwise [`naive_linear_attention`]: same arguments, shapes and results. State and normaliser are fp32 or wider."""
+    query,
+    key,
+    value,
+    *,
+    feature_map_q=None,
+    feature_map_k=None,
+    valid=None,
+    initial_state=None,
+    output_final_state=False,
+    normalize=True,
+    chunk_size=None,
+):
+    """
+    Chunkwise [`naive_linear_attention`]: same arguments, shapes and results. State and normaliser are fp32 or wider.
+    """
     weights_q, weights_k = (() if f is None else f.weights() for f in (feature_map_q, feature_map_k))
     functions = tuple(None if f is None else f.features for f in (feature_map_q, feature_map_k))
     arguments = (query, key, value, initial_state, *weights_q, *weights_k)
@@ -52,19 +64,36 @@ def chunk_linear_attention(
         output, state = _LinearAttention.apply(functions, len(weights_q), valid, normalize, plan, *arguments)
     else:
         output, state, _, _ = _forward(
-            functions, weights_q, weights_k, query, key, value, initial_state, valid, normalize, plan,
+            functions,
+            weights_q,
+            weights_k,
+            query,
+            key,
+            value,
+            initial_state,
+            valid,
+            normalize,
+            plan,
             output_final_state=output_final_state,
-        )  # fmt: skip
+        )
     return output, (state if output_final_state else None)
 
 
 def _traceable_form(query, key, value, feature_map_q, feature_map_k, valid, state, normalize):
-    """Left to autograd, for `torch.compile`, which cannot look into the backward pass below: gated linear attention that forgets nothing."""
+    """
+    Left to autograd, for `torch.compile`, which cannot look into the backward pass below: gated linear attention that
+    forgets nothing.
+    """
     query, key = mapped(query, key, feature_map_q, feature_map_k, valid)
     output, state = chunk_gated_linear_attention(
-        query, key, torch.nn.functional.pad(value, (0, 1), value=1.0), decay=key.new_zeros(key.shape[:3]), scale=1.0, initial_state=state,
+        query,
+        key,
+        torch.nn.functional.pad(value, (0, 1), value=1.0),
+        decay=key.new_zeros(key.shape[:3]),
+        scale=1.0,
+        initial_state=state,
         output_final_state=True,
-    )  # fmt: skip
+    )
     if normalize:
         weight = output[..., -1:]
         output = output[..., :-1] / weight.masked_fill(weight <= TINY, torch.inf)
@@ -142,15 +171,27 @@ def _forward(
 
 
 class _LinearAttention(torch.autograd.Function):
-    """The forward pass above with one reverse pass over the blocks. Features and states within a block are computed again, not kept."""
+    """
+    The forward pass above with one reverse pass over the blocks. Features and states within a block are computed again,
+    not kept.
+    """
 
     @staticmethod
     def forward(ctx, functions, num_weights_q, valid, normalize, plan, query, key, value, state, *weights):
         ctx.set_materialize_grads(False)
         output, final_state, denominators, states = _forward(
-            functions, weights[:num_weights_q], weights[num_weights_q:], query, key, value, state, valid, normalize,
-            plan, keep=True,
-        )  # fmt: skip
+            functions,
+            weights[:num_weights_q],
+            weights[num_weights_q:],
+            query,
+            key,
+            value,
+            state,
+            valid,
+            normalize,
+            plan,
+            keep=True,
+        )
         ctx.settings = functions, num_weights_q, normalize, plan, state is None, len(states), valid is not None
         kept = [query, key, value, output, denominators, valid, *(states[1:] if state is None else states), *weights]
         ctx.save_for_backward(*(x for x in kept if x is not None))
@@ -271,7 +312,10 @@ BLOCK_SIZE = 512
 
 
 def bidirectional_linear_attention(query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None):
-    """Chunkwise [`naive_bidirectional_linear_attention`]: same arguments, shapes and results. Two passes over blocks of rows."""
+    """
+    Chunkwise [`naive_bidirectional_linear_attention`]: same arguments, shapes and results. Two passes over blocks of
+    rows.
+    """
     batch, length, num_heads, _ = query.shape
     num_kv_heads, value_dim = value.shape[2:]
     groups, num_states = num_heads // num_kv_heads, batch * num_kv_heads

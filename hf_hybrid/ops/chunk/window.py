@@ -1,8 +1,9 @@
-"""Sliding-window attention with sinks, and optionally linear attention over everything older, a chunk of tokens at a time.
+"""Sliding-window attention with sinks, and optionally linear attention over everything older, a chunk of tokens at a
+time.
 
-A chunk of queries reaches the sinks, the chunks before it that its window covers, and itself. Of those keys each query gives an
-exponential weight to the ones in its window and a linear weight (product of features) to the ones that have just left it, side by side
-in one matrix of weights; keys that left the reach are in the recurrent state.
+A chunk of queries reaches the sinks, the chunks before it that its window covers, and itself. Of those keys each query
+gives an exponential weight to the ones in its window and a linear weight (product of features) to the ones that have
+just left it, side by side in one matrix of weights; keys that left the reach are in the recurrent state.
 """
 
 import torch
@@ -16,17 +17,28 @@ from .linear import chunk_linear_attention
 
 # Measured: with a window of 64, the reach of 96 keys per query costs more than twice as many products save.
 CHUNK_SIZE = 32
-# Score of a key that is not there, and the lowest row maximum: with -inf a query that sees nothing would come to -inf - (-inf), NaN.
+# Score of a key that is not there, and the lowest row maximum: with -inf a query that sees nothing would come to -inf -
+# (-inf), NaN.
 LOWEST = -1e30
 
 
 def chunk_window_attention(
-    query, key, value, *, window_size, num_sinks, scale, linear=None, valid=None, state=None, chunk_size=CHUNK_SIZE,
+    query,
+    key,
+    value,
+    *,
+    window_size,
+    num_sinks,
+    scale,
+    linear=None,
+    valid=None,
+    state=None,
+    chunk_size=CHUNK_SIZE,
     linear_form=chunk_linear_attention,
-):  # fmt: skip
+):
     """
-    Chunkwise [`naive_window_attention`]: same arguments, shapes and results. Scores and sums are fp32 or wider. `linear_form` computes the
-    linear part where everything is done at once: under autograd, and on a GPU.
+    Chunkwise [`naive_window_attention`]: same arguments, shapes and results. Scores and sums are fp32 or wider.
+    `linear_form` computes the linear part where everything is done at once: under autograd, and on a GPU.
     """
     inputs = [query, key, value, *(x for x in state or () if x is not None)]
     if linear is not None:
@@ -47,8 +59,9 @@ def advance_window(key, value, valid, state, window_size, num_sinks):
     """
     Sort the new tokens into sinks and window.
 
-    Returns `((sink_key, sink_value, sink_position, is_sink), final state without its recurrent part)`: `[B, H_kv, S, K]`, `[B, H_kv, S, V]`,
-    int `[B, S]` (index among the new tokens, -1 = seen before, T = not there) and bool `[B, T]`.
+    Returns `((sink_key, sink_value, sink_position, is_sink), final state without its recurrent part)`:
+    `[B, H_kv, S, K]`, `[B, H_kv, S, V]`, int `[B, S]` (index among the new tokens, -1 = seen before, T = not there) and
+    bool `[B, T]`.
     """
     batch, length = key.shape[:2]
     keys, values = key.transpose(1, 2), value.transpose(1, 2)
@@ -170,8 +183,9 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
             if linear is None:
                 torch.bmm(scores if weights is scores else weights.copy_(scores), values_1, out=mixed)
             else:
-                # The softmax divided the weights e^(s - m) by their sum. The largest of them was 1, so what is left of it tells the sum. The
-                # factor of the linear part is taken to the other side: there one product does for both, and for rounding.
+                # The softmax divided the weights e^(s - m) by their sum. The largest of them was 1, so what is left of
+                # it tells the sum. The factor of the linear part is taken to the other side: there one product does for
+                # both, and for rounding.
                 largest = scores.amax(-1, keepdim=True)
                 if seen is not None:
                     largest.masked_fill_(largest == 0.0, 1.0)
@@ -205,8 +219,9 @@ def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, li
 
 def _with_history(key, value, valid, state, is_sink, window_size, back, plan):
     """
-    The first blocks reach back before the new tokens: `back` earlier positions, of which the last `window_size` may hold history, in front of
-    the new ones. Returns keys and values of as many new tokens as such blocks have, and who is visible, bool `[B, back + T]`.
+    The first blocks reach back before the new tokens: `back` earlier positions, of which the last `window_size` may
+    hold history, in front of the new ones. Returns keys and values of as many new tokens as such blocks have, and who
+    is visible, bool `[B, back + T]`.
     """
     batch, length = key.shape[:2]
     reached = next((stop for _, stop, _ in plan if stop >= min(back, length)), length)
@@ -237,9 +252,17 @@ def _batched_form(query, key, value, valid, state, sinks, *, window_size, scale,
             stop = min(start + span, length)
             seen = slice(start, stop + window_size)
             numerator, denominator = _window_block(
-                query[:, start:stop], keys[:, seen], values[:, seen], visible[:, seen],
-                sink_key, sink_value, sink_position - start, window_size, scale, chunk_size,
-            )  # fmt: skip
+                query[:, start:stop],
+                keys[:, seen],
+                values[:, seen],
+                visible[:, seen],
+                sink_key,
+                sink_value,
+                sink_position - start,
+                window_size,
+                scale,
+                chunk_size,
+            )
             numerators.append(numerator)
             denominators.append(denominator)
     numerator, denominator = (x[0] if len(x) == 1 else torch.cat(x, dim=1) for x in (numerators, denominators))
@@ -247,9 +270,16 @@ def _batched_form(query, key, value, valid, state, sinks, *, window_size, scale,
     if linear is not None:
         # token t - w leaves the window at step t: plain linear attention over keys delayed by w
         mixed, recurrent = linear_form(
-            query, keys[:, :length], values[:, :length], feature_map_q=linear.feature_map_q, feature_map_k=linear.feature_map_k,
-            valid=visible[:, :length], initial_state=state.recurrent, output_final_state=True, normalize=False,
-        )  # fmt: skip
+            query,
+            keys[:, :length],
+            values[:, :length],
+            feature_map_q=linear.feature_map_q,
+            feature_map_k=linear.feature_map_k,
+            valid=visible[:, :length],
+            initial_state=state.recurrent,
+            output_final_state=True,
+            normalize=False,
+        )
         mixed = mixed.to(numerator.dtype) * linear.log_weight.to(numerator.dtype).exp()[:, None]
         numerator, denominator = numerator + mixed[..., :-1], denominator + mixed[..., -1:]
     return (numerator / denominator.masked_fill(denominator <= TINY, torch.inf)).to(query.dtype), recurrent
@@ -260,7 +290,10 @@ CHUNKS_PER_BLOCK = 16
 
 
 def _window_block(query, key, value, valid, sink_key, sink_value, sink_position, window_size, scale, chunk_size):
-    """`(numerator, denominator)` of the window and the sinks: `[B, T, H, V]`, `[B, T, H, 1]`; keys start `window_size` tokens earlier."""
+    """
+    `(numerator, denominator)` of the window and the sinks: `[B, T, H, V]`, `[B, T, H, 1]`; keys start `window_size`
+    tokens earlier.
+    """
     length, num_heads = query.shape[1:3]
     num_kv_heads = key.shape[2]
     groups, num_chunks = num_heads // num_kv_heads, -(-length // chunk_size)
@@ -305,7 +338,9 @@ def _chunks(x, chunk_size):
 
 
 def _group_rows(query, num_kv_heads, chunk_size):
-    """`[B, T, H, K]` -> `[B, H_kv, N, G * C, K]`: the query heads that read one key-value head become rows of one product."""
+    """
+    `[B, T, H, K]` -> `[B, H_kv, N, G * C, K]`: the query heads that read one key-value head become rows of one product.
+    """
     chunks = _chunks(query, chunk_size).unflatten(1, (num_kv_heads, -1))  # [B, H_kv, G, N, C, K]
     return chunks.transpose(2, 3).flatten(3, 4)
 

@@ -1,7 +1,8 @@
-"""The ops in C++, for CPUs: compiled on the machine that runs them, where it has a compiler. Same signatures as `naive`.
+"""The ops in C++, for CPUs: compiled on the machine that runs them, where it has a compiler. Same signatures as
+`naive`.
 
-`src/` holds the kernels, one header per op; `build` compiles and loads them; `arguments` mirrors their structures; `linear`, `gated` and `window` call
-them; `eligible` says for which inputs.
+`src/` holds the kernels, one header per op; `build` compiles and loads them; `arguments` mirrors their structures;
+`linear`, `gated` and `window` call them; `eligible` says for which inputs.
 """
 
 from .eligible import can_run

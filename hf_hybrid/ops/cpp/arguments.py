@@ -37,51 +37,113 @@ BLOCK = 128
 
 class LinearArguments(ctypes.Structure):
     _fields_ = [
-        *((name, int64) for name in (
-            "batch", "tokens", "heads", "kv_heads", "key_dim", "value_dim", "feature_dim", "projected_dim", "map", "dtype", "weight_dtype",
-            "threads", "normalize",
-        )),
+        *(
+            (name, int64)
+            for name in (
+                "batch",
+                "tokens",
+                "heads",
+                "kv_heads",
+                "key_dim",
+                "value_dim",
+                "feature_dim",
+                "projected_dim",
+                "map",
+                "dtype",
+                "weight_dtype",
+                "threads",
+                "normalize",
+            )
+        ),
         ("scale", ctypes.c_float),
         *((name, View) for name in ("query", "key", "value", "output")),
-        *((name, pointer) for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "block_states")),
+        *(
+            (name, pointer)
+            for name in ("valid", "weight_q", "weight_k", "initial_state", "final_state", "block_states")
+        ),
         *((name, View) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
         *((name, pointer) for name in ("grad_final_state", "grad_initial_state", "grad_weight_q", "grad_weight_k")),
-    ]  # fmt: skip
+    ]
 
 
 class GatedArguments(ctypes.Structure):
     _fields_ = [
-        *((name, int64) for name in (
-            "batch", "tokens", "heads", "kv_heads", "state_heads", "key_dim", "value_dim", "dtype", "threads", "per_channel", "l2norm",
-        )),
+        *(
+            (name, int64)
+            for name in (
+                "batch",
+                "tokens",
+                "heads",
+                "kv_heads",
+                "state_heads",
+                "key_dim",
+                "value_dim",
+                "dtype",
+                "threads",
+                "per_channel",
+                "l2norm",
+            )
+        ),
         ("scale", ctypes.c_float),
         ("min_decay", ctypes.c_float),
         *((name, View) for name in ("query", "key", "value", "output", "decay", "beta")),
         *((name, pointer) for name in ("initial_state", "final_state", "block_states")),
-        *((name, View) for name in (
-            "grad_output", "grad_query", "grad_key", "grad_value", "grad_decay", "grad_beta",
-        )),
+        *(
+            (name, View)
+            for name in (
+                "grad_output",
+                "grad_query",
+                "grad_key",
+                "grad_value",
+                "grad_decay",
+                "grad_beta",
+            )
+        ),
         *((name, pointer) for name in ("grad_final_state", "grad_initial_state")),
-    ]  # fmt: skip
+    ]
 
 
 class LinearStep(ctypes.Structure):
     _fields_ = [
-        *((name, int64) for name in (
-            "batch", "heads", "kv_heads", "key_dim", "value_dim", "feature_dim", "projected_dim", "map", "dtype", "weight_dtype", "normalize",
-        )),
+        *(
+            (name, int64)
+            for name in (
+                "batch",
+                "heads",
+                "kv_heads",
+                "key_dim",
+                "value_dim",
+                "feature_dim",
+                "projected_dim",
+                "map",
+                "dtype",
+                "weight_dtype",
+                "normalize",
+            )
+        ),
         ("scale", ctypes.c_float),
-    ]  # fmt: skip
+    ]
 
 
 class GatedStep(ctypes.Structure):
     _fields_ = [
-        *((name, int64) for name in (
-            "batch", "heads", "kv_heads", "state_heads", "key_dim", "value_dim", "dtype", "per_channel", "l2norm",
-        )),
+        *(
+            (name, int64)
+            for name in (
+                "batch",
+                "heads",
+                "kv_heads",
+                "state_heads",
+                "key_dim",
+                "value_dim",
+                "dtype",
+                "per_channel",
+                "l2norm",
+            )
+        ),
         ("scale", ctypes.c_float),
         ("min_decay", ctypes.c_float),
-    ]  # fmt: skip
+    ]
 
 
 class WindowState(ctypes.Structure):

@@ -1,7 +1,7 @@
 """Compiles the kernels with the machine's own compiler, once per machine, and loads them.
 
-No compiler, no kernels: the ops then run in plain torch. The library file lies in the cache folder under a name made of everything it depends on
-(sources, flags, compiler, processor), so a file that is there is the right one.
+No compiler, no kernels: the ops then run in plain torch. The library file lies in the cache folder under a name made of
+everything it depends on (sources, flags, compiler, processor), so a file that is there is the right one.
 """
 
 import contextlib
@@ -37,14 +37,16 @@ def kernels() -> ctypes.CDLL | None:
         logger.info("No C++ compiler found: the ops run in plain torch, which is several times slower on a CPU.")
         return None
     failures = []
-    # With OpenMP first. The objects are linked without its runtime: torch has brought its own, and two would fight over the cores.
+    # With OpenMP first. The objects are linked without its runtime: torch has brought its own, and two would fight over
+    # the cores.
     for openmp in (("-fopenmp",), ("-fopenmp-simd",)):
         try:
             return _declared(ctypes.CDLL(str(_built(compiler, openmp)), mode=os.RTLD_NOW))
         except (OSError, subprocess.CalledProcessError) as error:
             failures.append(getattr(error, "stderr", None) or str(error))
     warnings.warn(
-        f"The CPU kernels could not be compiled with {compiler}; the ops run in plain torch, which is several times slower. Set "
+        f"The CPU kernels could not be compiled with {compiler}; the ops run in plain torch, which is several times "
+        "slower. Set "
         f"HF_HYBRID_OPS=torch to silence this, or CXX to another compiler. It said: {failures[-1].strip()[:2000]}",
         stacklevel=2,
     )
@@ -98,7 +100,9 @@ def _built(compiler: str, openmp: tuple[str, ...]) -> Path:
 
 
 def _processor() -> str:
-    """What the machine code is for: -march=native means something else on another processor that shares the cache folder."""
+    """
+    What the machine code is for: -march=native means something else on another processor that shares the cache folder.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

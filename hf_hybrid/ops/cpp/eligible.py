@@ -11,7 +11,10 @@ READABLE = (torch.float32, torch.bfloat16, torch.bool, torch.int64)
 
 
 def can_run(query, key, value, *others, valid=None, feature_maps=(None, None)) -> bool:
-    """Whether the kernels take these inputs: plain fp32 or bf16 CPU tensors (`None` is skipped), nobody tracing, and maps they know."""
+    """
+    Whether the kernels take these inputs: plain fp32 or bf16 CPU tensors (`None` is skipped), nobody tracing, and maps
+    they know.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
     dtype = query.dtype

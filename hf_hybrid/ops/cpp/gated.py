@@ -11,9 +11,19 @@ from .eligible import DTYPES
 
 
 def gated(
-    query, key, value, *, decay, scale, beta=None, qk_l2norm=False, min_decay=None, initial_state=None, output_final_state=False,
+    query,
+    key,
+    value,
+    *,
+    decay,
+    scale,
+    beta=None,
+    qk_l2norm=False,
+    min_decay=None,
+    initial_state=None,
+    output_final_state=False,
     inplace_final_state=False,
-):  # fmt: skip
+):
     """[`naive.naive_gated_linear_attention`], and with `beta` [`naive.naive_gated_delta_rule`]."""
     decay, beta = decay.float(), None if beta is None else beta.float()
     state = None if initial_state is None else initial_state.float().contiguous()
@@ -39,11 +49,26 @@ def _arguments(settings, query, key, value, decay, beta, state, output):
     query, key, value, per_channel = dense(query), dense(key), dense(value), decay.ndim == 4
     decay, state = dense(decay) if per_channel else decay, whole(state)
     structure = GatedArguments(
-        batch=query.shape[0], tokens=query.shape[1], heads=query.shape[2], kv_heads=key.shape[2], state_heads=decay.shape[2],
-        key_dim=key.shape[3], value_dim=value.shape[3], dtype=DTYPES[query.dtype], threads=torch.get_num_threads(), per_channel=per_channel,
-        l2norm=qk_l2norm, scale=scale, min_decay=min_decay,
-        query=view(query), key=view(key), value=view(value), output=view(output), decay=view(decay), initial_state=address(state),
-    )  # fmt: skip
+        batch=query.shape[0],
+        tokens=query.shape[1],
+        heads=query.shape[2],
+        kv_heads=key.shape[2],
+        state_heads=decay.shape[2],
+        key_dim=key.shape[3],
+        value_dim=value.shape[3],
+        dtype=DTYPES[query.dtype],
+        threads=torch.get_num_threads(),
+        per_channel=per_channel,
+        l2norm=qk_l2norm,
+        scale=scale,
+        min_decay=min_decay,
+        query=view(query),
+        key=view(key),
+        value=view(value),
+        output=view(output),
+        decay=view(decay),
+        initial_state=address(state),
+    )
     if beta is not None:
         structure.beta = view(beta)
     return structure, [query, key, value, decay, beta, state, output]
@@ -115,18 +140,39 @@ def _step(settings, query, key, value, decay, beta, state, inplace):
     batch, _, heads, key_dim = query.shape
     num_kv_heads, value_dim, num_states = value.shape[2], value.shape[3], decay.shape[2]
     structure = _step_structure(
-        batch, heads, num_kv_heads, num_states, key_dim, value_dim, DTYPES[query.dtype], decay.ndim == 4, qk_l2norm, scale, min_decay
-    )  # fmt: skip
+        batch,
+        heads,
+        num_kv_heads,
+        num_states,
+        key_dim,
+        value_dim,
+        DTYPES[query.dtype],
+        decay.ndim == 4,
+        qk_l2norm,
+        scale,
+        min_decay,
+    )
     query, key, value, decay, beta = (
-        query.contiguous(), key.contiguous(), value.contiguous(), decay.contiguous(), whole(beta),
-    )  # fmt: skip
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        decay.contiguous(),
+        whole(beta),
+    )
     output = query.new_empty(batch, 1, heads, value_dim)
     if state is None:
         final = query.new_empty(batch, num_states, key_dim, value_dim, dtype=torch.float32)
     else:
         final = state if inplace else torch.empty_like(state)
     library().hf_hybrid_gated_step(
-        structure, query.data_ptr(), key.data_ptr(), value.data_ptr(), decay.data_ptr(), address(beta), address(state), final.data_ptr(),
+        structure,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        decay.data_ptr(),
+        address(beta),
+        address(state),
+        final.data_ptr(),
         output.data_ptr(),
-    )  # fmt: skip
+    )
     return output, final

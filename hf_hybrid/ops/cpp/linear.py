@@ -1,6 +1,7 @@
 """Linear attention through the kernels: same signatures and results as `naive`, fp32 and bf16 on a CPU.
 
-A kernel reads tensors where they lie, computes in fp32 a chunk at a time, and writes outputs and states; here its arguments are put together.
+A kernel reads tensors where they lie, computes in fp32 a chunk at a time, and writes outputs and states; here its
+arguments are put together.
 """
 
 import ctypes
@@ -14,9 +15,18 @@ from .eligible import DTYPES, MAPS
 
 
 def linear_attention(
-    query, key, value, *, feature_map_q=None, feature_map_k=None, valid=None, initial_state=None, output_final_state=False,
-    normalize=True, inplace_final_state=False,
-):  # fmt: skip
+    query,
+    key,
+    value,
+    *,
+    feature_map_q=None,
+    feature_map_k=None,
+    valid=None,
+    initial_state=None,
+    output_final_state=False,
+    normalize=True,
+    inplace_final_state=False,
+):
     """[`naive.naive_linear_attention`]."""
     weights = [*(() if f is None else f.weights() for f in (feature_map_q, feature_map_k))]
     weight_q, weight_k = (w[0] if w else None for w in weights)
@@ -33,7 +43,10 @@ def linear_attention(
 
 
 def linear_arguments(feature_map, valid, normalize, query, key, value, state, weight_q, weight_k, output):
-    """The structure, and the tensors it points to: they must outlive the call. A backward pass writes no `output`: anything will do."""
+    """
+    The structure, and the tensors it points to: they must outlive the call. A backward pass writes no `output`:
+    anything will do.
+    """
     batch, tokens, heads, key_dim = query.shape
     query, key, value = dense(query), dense(key), dense(value)
     keep = [query, key, value, output, whole(valid), whole(state), whole(weight_q), whole(weight_k)]
@@ -42,12 +55,29 @@ def linear_arguments(feature_map, valid, normalize, query, key, value, state, we
         kind, feature_dim = MAPS[feature_map.compiled], feature_map.output_dim
         projected = key_dim if weight_k is None else weight_k.shape[-1]
     structure = LinearArguments(
-        batch=batch, tokens=tokens, heads=heads, kv_heads=key.shape[2], key_dim=key_dim, value_dim=value.shape[3], feature_dim=feature_dim,
-        projected_dim=projected, map=kind, dtype=DTYPES[query.dtype], weight_dtype=0 if weight_k is None else DTYPES[weight_k.dtype],
-        threads=torch.get_num_threads(), normalize=normalize, scale=key_dim**-0.25,
-        query=view(query), key=view(key), value=view(value), output=view(output),
-        valid=address(keep[4]), initial_state=address(keep[5]), weight_q=address(keep[6]), weight_k=address(keep[7]),
-    )  # fmt: skip
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=key.shape[2],
+        key_dim=key_dim,
+        value_dim=value.shape[3],
+        feature_dim=feature_dim,
+        projected_dim=projected,
+        map=kind,
+        dtype=DTYPES[query.dtype],
+        weight_dtype=0 if weight_k is None else DTYPES[weight_k.dtype],
+        threads=torch.get_num_threads(),
+        normalize=normalize,
+        scale=key_dim**-0.25,
+        query=view(query),
+        key=view(key),
+        value=view(value),
+        output=view(output),
+        valid=address(keep[4]),
+        initial_state=address(keep[5]),
+        weight_q=address(keep[6]),
+        weight_k=address(keep[7]),
+    )
     return structure, keep
 
 
@@ -81,7 +111,10 @@ def _linear_forward(
 
 
 class _LinearAttention(torch.autograd.Function):
-    """Keeps the inputs and a state per block of tokens; the backward pass makes features, scores and the other states again."""
+    """
+    Keeps the inputs and a state per block of tokens; the backward pass makes features, scores and the other states
+    again.
+    """
 
     @staticmethod
     def forward(ctx, feature_map, valid, normalize, query, key, value, state, weight_q, weight_k):
@@ -181,9 +214,18 @@ def _linear_step(
         kind, feature_dim = MAPS[feature_map.compiled], feature_map.output_dim
     has_weight = weight_k is not None
     structure = _linear_step_structure(
-        batch, heads, num_kv_heads, key_dim, value_dim, feature_dim, weight_k.shape[-1] if has_weight else key_dim, kind, DTYPES[query.dtype],
-        DTYPES[weight_k.dtype] if has_weight else 0, normalize,
-    )  # fmt: skip
+        batch,
+        heads,
+        num_kv_heads,
+        key_dim,
+        value_dim,
+        feature_dim,
+        weight_k.shape[-1] if has_weight else key_dim,
+        kind,
+        DTYPES[query.dtype],
+        DTYPES[weight_k.dtype] if has_weight else 0,
+        normalize,
+    )
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     output = query.new_empty(batch, 1, heads, value_dim if normalize else value_dim + 1)
     if state is None:
@@ -196,7 +238,15 @@ def _linear_step(
     if valid is not None:
         valid = valid.contiguous()
     library().hf_hybrid_linear_step(
-        structure, query.data_ptr(), key.data_ptr(), value.data_ptr(), address(valid), address(weight_q), address(weight_k), address(state),
-        new_state.data_ptr(), output.data_ptr(),
-    )  # fmt: skip
+        structure,
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        address(valid),
+        address(weight_q),
+        address(weight_k),
+        address(state),
+        new_state.data_ptr(),
+        output.data_ptr(),
+    )
     return output, (new_state if output_final_state else None)

@@ -13,9 +13,18 @@ from .linear import linear_arguments
 
 
 def window_attention(
-    query, key, value, *, window_size, num_sinks, scale, linear: LinearPart | None = None, valid=None, state: WindowState | None = None,
+    query,
+    key,
+    value,
+    *,
+    window_size,
+    num_sinks,
+    scale,
+    linear: LinearPart | None = None,
+    valid=None,
+    state: WindowState | None = None,
     inplace_final_state=False,
-):  # fmt: skip
+):
     """[`naive.naive_window_attention`]. Gradients only without a `state`."""
     feature_map, weight_q, weight_k, log_weight = None, None, None, None
     if linear is not None:
