@@ -127,15 +127,13 @@ def read_hybrid_section(section: dict, where: str) -> dict[str, LinearSite]:
     if section["schema_version"] not in READABLE_VERSIONS:
         raise CheckpointError(
             f"{where}: `hybrid.schema_version` must be {SCHEMA_VERSION} or less; got {section['schema_version']!r}, "
-            "written by hf_hybrid "
-            f"{section.get('hf_hybrid_version')!r} (this is {package_version()}). Upgrade with `pip install -U "
-            "hf_hybrid`."
+            f"written by hf_hybrid {section.get('hf_hybrid_version')!r} (this is {package_version()}). Upgrade with "
+            "`pip install -U hf_hybrid`."
         )
     if section.get("projections") not in PROJECTIONS or not isinstance(section.get("sites"), dict):
         raise CheckpointError(
             f"{where}: `hybrid` must have `sites` and `projections` (shared, low_rank or full); got "
-            f"{section.get('projections')!r}. The file "
-            "was edited."
+            f"{section.get('projections')!r}. The file was edited."
         )
     return {name: _read_site(name, entry, where) for name, entry in section["sites"].items()}
 
@@ -165,8 +163,7 @@ def _read_site(name: str, entry, where: str) -> LinearSite:
     if not known or not heads or len(set(heads)) < len(heads):
         raise CheckpointError(
             f"{where}: `hybrid.sites[{name!r}].heads` must be a list of key-value heads "
-            f"0..{site.num_key_value_heads - 1}, each once; got {heads!r}. "
-            "The file was edited."
+            f"0..{site.num_key_value_heads - 1}, each once; got {heads!r}. The file was edited."
         )
     return LinearSite(site, entry["mixer"], tuple(sorted(heads)))
 
@@ -271,8 +268,7 @@ class HybridConfigMixin:
             if base_model_type not in (None, cls.model_type):
                 raise CheckpointError(
                     f"{cls.__name__} is for base_model_type {cls.model_type!r}, but config.json says "
-                    f"{base_model_type!r}. "
-                    f"Load it with AutoConfig / AutoModelFor….from_pretrained."
+                    f"{base_model_type!r}. Load it with AutoConfig / AutoModelFor….from_pretrained."
                 )
             config_dict["model_type"] = cls.model_type
         return config_dict, kwargs

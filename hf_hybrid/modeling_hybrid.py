@@ -85,8 +85,7 @@ class HybridModelMixin(CheckpointMixin):
             if module is None:
                 raise CheckpointError(
                     f"config.json names the attention site {name!r}, which {type(self).__name__} does not have. The "
-                    "file was edited, or "
-                    "belongs to another model."
+                    "file was edited, or belongs to another model."
                 )
             if is_hybrid_attention(module):  # an inner model built from the same config did it already
                 continue
@@ -173,8 +172,7 @@ class HybridModelMixin(CheckpointMixin):
     def _refuse_continuous_batching(self, *args, **kwargs):
         raise UnsupportedModelError(
             f"{type(self).__name__}: linear-attention layers keep no paged keys and values, so continuous batching "
-            "cannot run this model. "
-            "Use `generate`, which batches with padding."
+            "cannot run this model. Use `generate`, which batches with padding."
         )
 
     generate_batch = continuous_batching_context_manager = _refuse_continuous_batching
@@ -184,8 +182,7 @@ class HybridModelMixin(CheckpointMixin):
         # `transformers serve` asks with `hasattr`, and falls back to one request at a time
         raise AttributeError(
             f"{type(self).__name__}: linear-attention layers keep no paged keys and values, so continuous batching "
-            "cannot run this model. "
-            "Use `generate`, which batches with padding."
+            "cannot run this model. Use `generate`, which batches with padding."
         )
 
     @classmethod

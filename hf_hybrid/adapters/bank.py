@@ -159,8 +159,7 @@ def check_base(config: HybridPeftConfig, model: PreTrainedModel, where: str) -> 
     if other:
         raise CheckpointError(
             f"{where}: distilled from {base!r}; the weights of {describe(model)} at {other[0]!r} are others. Load the "
-            "base model it was "
-            "distilled from."
+            "base model it was distilled from."
         )
     return sites
 

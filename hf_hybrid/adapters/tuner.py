@@ -262,8 +262,7 @@ def check_tensors(own: set[str], given: set[str], config: HybridPeftConfig) -> N
         if names:
             raise CheckpointError(
                 f"The adapter of {config.base_model_name_or_path!r} {what} tensors: {len(names)}, the first "
-                f"{sorted(names)[0]!r}. It was truncated or edited; "
-                "save or download it again."
+                f"{sorted(names)[0]!r}. It was truncated or edited; save or download it again."
             )
 
 

@@ -200,8 +200,7 @@ def _check_call(module, call: LayerCall, query, key) -> None:
     if call.count > 1 and (mixer.causal or call.cache_layer is not None):
         raise UnsupportedModelError(
             f"{name}: attention is called {call.count} times in one forward. A causal linear layer has one state, "
-            "which would take in the tokens "
-            "twice. Leave the layer out of `layers`."
+            "which would take in the tokens twice. Leave the layer out of `layers`."
         )
     if key.shape[1] != query.shape[1]:
         raise UnsupportedModelError(
@@ -221,8 +220,7 @@ def _check_call(module, call: LayerCall, query, key) -> None:
     if (query.shape[-1], query.shape[2], key.shape[2]) != expected:
         raise CheckpointError(
             f"{name}: the config says {expected[1]} query heads, {expected[2]} key-value heads of size {expected[0]}; "
-            "the layer has "
-            f"{query.shape[2]}, {key.shape[2]} of size {query.shape[-1]}. The config was edited."
+            f"the layer has {query.shape[2]}, {key.shape[2]} of size {query.shape[-1]}. The config was edited."
         )
 
 

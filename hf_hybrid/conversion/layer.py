@@ -345,8 +345,7 @@ def check_own_forward(module: nn.Module) -> None:
     if "forward" in module.__dict__ and not any(name in module.__dict__ for name in known):
         raise UnsupportedModelError(
             f"{type(module).__name__} has a forward of its own on the instance (something patched it), which a "
-            "converted class would not run. Take it off "
-            "(`del module.forward`), or convert first and patch afterwards."
+            "converted class would not run. Take it off (`del module.forward`), or convert first and patch afterwards."
         )
 
 

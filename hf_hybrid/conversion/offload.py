@@ -34,8 +34,7 @@ def check_not_preloaded(model: nn.Module, sites: list[str]) -> None:
                 if getattr(one, "offload", False) and getattr(one, "place_submodules", False):
                     raise UnsupportedModelError(
                         f"{path or type(model).__name__} is offloaded as a whole (preload_module_classes). Offload the "
-                        "model without that, or convert it before "
-                        "it is offloaded."
+                        "model without that, or convert it before it is offloaded."
                     )
 
 

@@ -78,8 +78,7 @@ def calibrate_mixers(
             if not seen.any():
                 logger.warning(
                     f"No token of the calibration batches looks at anything but the first {NUM_SINKS} of its sequence: "
-                    "too short to say how long layers "
-                    "remember. Decays keep their starting values."
+                    "too short to say how long layers remember. Decays keep their starting values."
                 )
                 break
             per_state = torch.where(

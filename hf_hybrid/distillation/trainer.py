@@ -177,9 +177,8 @@ class HybridTrainer(Trainer):
         if not any(parameter.requires_grad and id(parameter) in given for parameter in self.model.parameters()):
             raise HybridConfigError(
                 "HybridTrainer: optimizers[0] must hold parameters of the mixers; it holds none that train. They are "
-                "made by the trainer: leave `optimizers` "
-                "out and choose by `optim` and `learning_rate`, or call prepare_distillation_(model) first and pass "
-                "those with requires_grad."
+                "made by the trainer: leave `optimizers` out and choose by `optim` and `learning_rate`, or call "
+                "prepare_distillation_(model) first and pass those with requires_grad."
             )
 
     # ------------------------------------------------------------------------------------------------------- training
@@ -215,8 +214,7 @@ class HybridTrainer(Trainer):
             name = next(iter(self.distill_sites.values())).hybrid_config.name
             raise HybridConfigError(
                 f"HybridTrainer.train: {name} has nothing to train with projections={self.args.projections!r}. Search "
-                "right away with "
-                "GreedyLayerSwapCallback(…).search(trainer), or train its projections."
+                "right away with GreedyLayerSwapCallback(…).search(trainer), or train its projections."
             )
         # one process looks, all do the same
         resume_from_checkpoint, only_search = from_rank_zero(lambda: self._where_to_start(resume_from_checkpoint))
@@ -350,8 +348,7 @@ class HybridTrainer(Trainer):
         if ours:
             raise OutputFolderError(
                 f"output_dir={folder!r} holds another run ({', '.join(ours[:4])}). Pass resume_from_checkpoint=True to "
-                "continue it, or choose "
-                "another folder."
+                "continue it, or choose another folder."
             )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -600,8 +597,7 @@ class HybridTrainer(Trainer):
         if changed:
             raise CheckpointError(
                 f"{folder} was written with other students ({', '.join(changed)} differ). Use the mixer and "
-                "projections of that "
-                "run, or another folder."
+                "projections of that run, or another folder."
             )
         load_student_state(model, tensors, str(folder))
         set_linear_heads_(model, {name: heads for name, heads in (config.linear_heads or {}).items() if name in sites})
@@ -643,8 +639,7 @@ def _check_arguments(mixer, args) -> None:
     if args.n_gpu > 1:
         raise HybridConfigError(
             f"HybridTrainer: one process cannot train on {args.n_gpu} GPUs (DataParallel copies the model without its "
-            "students). Start it with "
-            "`accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
+            "students). Start it with `accelerate launch` or `torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
         )
     _check_sharding(args)
 
@@ -662,8 +657,7 @@ def _check_sharding(args) -> None:
     if args.projections != "shared":
         raise HybridConfigError(
             f"HybridTrainer: projections={args.projections!r} cannot be sharded by FSDP, whose units would have to be "
-            "gathered twice per layer. Use "
-            "projections='shared', or DistributedDataParallel."
+            "gathered twice per layer. Use projections='shared', or DistributedDataParallel."
         )
     if is_set("activation_checkpointing"):
         raise HybridConfigError(
@@ -687,8 +681,7 @@ def _check_start(model: PreTrainedModel, mixer, mixer_bank, args) -> None:
     if mixer is not None and layers:
         raise AlreadyHybridError(
             "HybridTrainer: the model has students already, so that mixer would be ignored. Leave mixer out to go on "
-            "with them, or load the "
-            "teacher again."
+            "with them, or load the teacher again."
         )
     if layers and not any(p.requires_grad for layer in layers.values() for p in layer.hybrid.parameters()):
         has_parameters = any(True for layer in layers.values() for _ in layer.hybrid.parameters())
@@ -700,8 +693,7 @@ def _check_start(model: PreTrainedModel, mixer, mixer_bank, args) -> None:
     if (layers or mixer_bank is not None) and (args.layers is not None or args.projections not in ("shared", given)):
         raise HybridConfigError(
             f"HybridTrainer: the students are there already (projections={given!r}), so that layers={args.layers!r} "
-            "and "
-            f"projections={args.projections!r} would be ignored. Leave them out."
+            f"and projections={args.projections!r} would be ignored. Leave them out."
         )
 
 

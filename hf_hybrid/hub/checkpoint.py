@@ -38,8 +38,7 @@ class CheckpointMixin:
         except SafetensorError as error:
             raise CheckpointError(
                 f"The weights of {pretrained_model_name_or_path!r} cannot be read: {error}. The file is truncated or "
-                "damaged; save or "
-                "download it again."
+                "damaged; save or download it again."
             ) from error
         cls._check_loaded(model, info, str(pretrained_model_name_or_path), kwargs)
         for mixer in (module for module in model.modules() if isinstance(module, LinearMixer)):
@@ -54,8 +53,7 @@ class CheckpointMixin:
         if any(value is not None for value in given) or any(nested):
             raise UnsupportedModelError(
                 f"{cls.__name__}: mixers have parameters per head, for which the family's tensor-parallel plan has no "
-                "entries. Load it without tp_plan "
-                "and tp_size; data parallelism and FSDP work."
+                "entries. Load it without tp_plan and tp_size; data parallelism and FSDP work."
             )
 
     @classmethod
@@ -120,8 +118,7 @@ class CheckpointMixin:
         if not self.config.hybrid["sites"]:
             logger.warning(
                 f"{type(self).__name__}: no head of any layer is linear, so that what is saved computes what the base "
-                "model does. Swap layers first "
-                "(trainer.swap_layers, or a search)."
+                "model does. Swap layers first (trainer.swap_layers, or a search)."
             )
         if not bound.arguments.get("is_main_process", True):
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)

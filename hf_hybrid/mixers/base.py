@@ -272,8 +272,7 @@ class LinearMixer(nn.Module, ABC):
         if not matching:
             raise HybridConfigError(
                 f"{self.config_class.name} cannot run on some heads only: its `head_layouts` do not say how {name!r} "
-                "is laid out. Add an entry to "
-                f"{type(self).__name__}.head_layouts, or convert whole layers."
+                f"is laid out. Add an entry to {type(self).__name__}.head_layouts, or convert whole layers."
             )
         own = [self.heads.index(head) for head in heads]
         queries = query_heads(own, self.groups)

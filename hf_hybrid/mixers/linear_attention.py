@@ -46,8 +46,7 @@ class LinearAttentionConfig(MixerConfig):
             if not feature_map.has_projection:
                 raise HybridConfigError(
                     f"linear_attention: the feature map {self.feature_map!r} has no projection, so that "
-                    f"feature_dim={self.feature_dim} would "
-                    "be ignored. Leave feature_dim out."
+                    f"feature_dim={self.feature_dim} would be ignored. Leave feature_dim out."
                 )
         check_window(self)
 

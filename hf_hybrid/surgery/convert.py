@@ -148,8 +148,7 @@ def _refuse_ported_heads(modules: dict[str, nn.Module], selected) -> None:
         if len(wanted) < site.num_key_value_heads and find_port(type(modules[name])) is not None:
             raise UnsupportedModelError(
                 f"{name} ({type(modules[name]).__name__}): the family computes its softmax inline, where heads cannot "
-                "be taken out. Convert whole layers of "
-                "it, or none."
+                "be taken out. Convert whole layers of it, or none."
             )
 
 
@@ -166,8 +165,7 @@ def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
     if model.projections != "shared" and model.config.hybrid["sites"] and not _has_deltas(model):
         raise AlreadyHybridError(
             f"{describe(model)} was distilled with projections={model.projections!r}: its linear layers have "
-            "projections of their own, over which "
-            "the softmax is not what it was. Load the base model instead."
+            "projections of their own, over which the softmax is not what it was. Load the base model instead."
         )
     for layer in hybrid_layers(model).values():
         restore_attention_(layer)
@@ -238,7 +236,6 @@ def warn_of_losses(losses: dict[str, tuple[str, ...]]) -> None:
         count = sum(bool(per_site) for per_site in losses.values())
         warnings.warn(
             f"{count} of the {len(losses)} converted layers lose {' and '.join(lost)}: a linear layer cannot express "
-            "it. Distil them, or leave "
-            "them out of `layers`.",
+            "it. Distil them, or leave them out of `layers`.",
             stacklevel=4,
         )

@@ -52,12 +52,10 @@ def _check_divisible(name: str, layer: HybridAttentionMixin, heads: tuple[int, .
     if layer.hybrid_delta is not None:
         raise HybridConfigError(
             f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads "
-            f"{list(heads)}. Make all of its heads "
-            "linear, or distil with projections='shared'."
+            f"{list(heads)}. Make all of its heads linear, or distil with projections='shared'."
         )
     if layer._hybrid_port is not None:
         raise UnsupportedModelError(
             f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken "
-            "out. Make all heads of the layer "
-            "linear, or none."
+            "out. Make all heads of the layer linear, or none."
         )

@@ -39,8 +39,7 @@ class HybridHeadsLayer(HybridLinearLayer):
             if self.is_static and self.is_sliding:
                 raise UnsupportedModelError(
                     "A static cache of a sliding layer holds what keys are made from, not keys, so that some of its "
-                    "heads cannot be linear. Use a dynamic "
-                    "cache, or convert whole layers."
+                    "heads cannot be linear. Use a dynamic cache, or convert whole layers."
                 )
             return self.kept.update(key_states, value_states, *args, **kwargs)
         self.new_key_values = self.split.linear(key_states, axis=1), self.split.linear(value_states, axis=1)

@@ -72,14 +72,12 @@ def linear_cache_layer(
     if isinstance(current, BaseQuantizedLayer):
         raise UnsupportedModelError(
             f"Quantized caches ({type(current).__name__}) keep softmax keys in a form of their own, which a linear "
-            "layer does not have. Leave "
-            "cache_implementation='quantized' out: linear layers need no cache that grows."
+            "layer does not have. Leave cache_implementation='quantized' out: linear layers need no cache that grows."
         )
     if not is_plain_cache_layer(current):
         raise UnsupportedModelError(
             f"Layer {layer_idx} keeps more than keys and values in the cache ({type(current).__name__}), which a "
-            "linear-attention layer cannot serve. "
-            "Leave the layer out of `layers`."
+            "linear-attention layer cannot serve. Leave the layer out of `layers`."
         )
     if int(current.get_seq_length()) > 0:
         raise UnsupportedModelError(

@@ -77,10 +77,8 @@ class CustomMasks:
         if problem is not None:
             raise UnsupportedModelError(
                 f"A linear layer follows masks that hide padding{', the future' if causal else ''} and other packed "
-                "sequences; the 4D attention mask "
-                f"of shape {list(mask.shape)} {problem}. Pass a mask [B, T] of the tokens that exist; packed sequences "
-                "are fine, also by position_ids "
-                "that restart."
+                f"sequences; the 4D attention mask of shape {list(mask.shape)} {problem}. Pass a mask [B, T] of the "
+                "tokens that exist; packed sequences are fine, also by position_ids that restart."
             )
         self._fine[key] = weakref.ref(mask)
 

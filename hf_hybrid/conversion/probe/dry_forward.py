@@ -52,8 +52,7 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
         # nothing is run: their own memories would keep what the dry forward computes
         raise UnsupportedModelError(
             f"{description} has no attention layer that hf_hybrid can replace: it {REFUSED[model.config.model_type]}. "
-            "A linear layer there would be "
-            "another function."
+            "A linear layer there would be another function."
         )
     with recording(model) as running, torch.no_grad():
         if example_inputs is None:
@@ -65,8 +64,7 @@ def probe_attention(model: PreTrainedModel, example_inputs: dict | None = None) 
         if error is not None:
             raise UnsupportedModelError(
                 f"The dry forward of {description} failed: {type(error).__name__}: {error}. Pass example_inputs=… with "
-                "the arguments its forward "
-                "needs."
+                "the arguments its forward needs."
             ) from error
         inline.update(found)
         records.update(take_records(model))

@@ -64,8 +64,7 @@ class ProbedModel:
             computes = "computes" if len(self.inline) == 1 else "compute"
             return (
                 f"{', '.join(self.inline[:3])} {computes} attention inline and not through transformers' "
-                "AttentionInterface. Such families need a port "
-                "(see hf_hybrid.ports)."
+                "AttentionInterface. Such families need a port (see hf_hybrid.ports)."
             )
         return "none of its modules computes attention that it could find. There is nothing to replace."
 
