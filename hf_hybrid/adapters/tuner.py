@@ -26,7 +26,7 @@ from ..conversion.sites import select_heads
 from ..errors import CheckpointError, HybridConfigError, UnsupportedModelError
 from ..mixers import MixerConfig
 from ..modeling_hybrid import HybridModelMixin, become_base_, become_hybrid_, describe, mixer_dtype
-from ..surgery import check_projections, new_mixer, warn_of_losses
+from ..surgery import check_projections, forget_distillation_, new_mixer, warn_of_losses
 from .bank import check_base
 from .config import HYBRID, HybridPeftConfig
 from .fingerprint import base_fingerprint
@@ -237,8 +237,8 @@ class HybridTuner(BaseTuner):
             else:
                 restore_attention_(layer)
             model.set_submodule(name, layer)
-        for part in ("peft_config", "training_objective", "distill_rank", "base_fingerprint"):
-            model.__dict__.pop(part, None)
+        forget_distillation_(model)
+        model.__dict__.pop("peft_config", None)
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

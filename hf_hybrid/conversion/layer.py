@@ -30,7 +30,7 @@ from .cache import HybridLinearLayer, check_softmax_layer, linear_cache_layer
 from .heads import HeadSplit
 from .masks.custom import CustomMasks
 from .offload import load_offloaded_mixer_whole
-from .ports import find_port
+from .ports import find_port, why_whole_layers
 from .position_bias import OwnsPositionBias
 from .projections import with_deltas
 
@@ -138,11 +138,8 @@ class HybridAttentionMixin:
             load_offloaded_mixer_whole(self.hybrid)
         # a family that calls the interface runs its own code; for one that does not, its port stands in
         port = self._hybrid_port
-        if port is not None and self._split(linear_heads) is not None:
-            raise UnsupportedModelError(
-                f"{type(self).__name__}: the family computes its softmax inline, where heads cannot be taken out. Make "
-                "all heads of the layer linear, or none."
-            )
+        if self._split(linear_heads) is not None:
+            check_divisible(self, type(self).__name__)
         if port is None:
             run = super().forward
         else:
@@ -187,6 +184,16 @@ class HybridAttentionMixin:
             return kwargs[name]
         index = self._hybrid_positions.get(name)
         return args[index] if index is not None and index < len(args) else None
+
+
+def check_divisible(module: nn.Module, where: str) -> None:
+    """
+    Raises:
+        UnsupportedModelError: If some heads of an attention layer cannot be linear while the others keep the softmax.
+    """
+    reason = why_whole_layers(type(module))
+    if reason is not None:
+        raise UnsupportedModelError(f"{where}: {reason}. Make all heads of the layer linear, or none.")
 
 
 def is_hybrid_attention(module: nn.Module) -> bool:
@@ -369,6 +376,7 @@ __all__ = [
     "HybridAttentionMixin",
     "LayerCall",
     "LocalObjective",
+    "check_divisible",
     "check_heads",
     "check_own_forward",
     "convert_attention_",

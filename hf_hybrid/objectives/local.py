@@ -238,6 +238,13 @@ def start_distillation_(
     return objective
 
 
+def stop_distillation_(model) -> None:
+    """Undo [`start_distillation_`]; does nothing where nothing was started."""
+    objective = model.__dict__.pop("training_objective", None)
+    if objective is not None:
+        model._no_split_modules = objective.host_units
+
+
 def trained_units(layers: Iterable[HybridAttentionMixin]) -> list[nn.Module]:
     """The modules of a distillation that hold what trains."""
     units: list[nn.Module] = []
@@ -247,4 +254,4 @@ def trained_units(layers: Iterable[HybridAttentionMixin]) -> list[nn.Module]:
     return units
 
 
-__all__ = ["LocalDistillation", "start_distillation_", "trained_units"]
+__all__ = ["LocalDistillation", "start_distillation_", "stop_distillation_", "trained_units"]

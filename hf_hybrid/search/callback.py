@@ -229,6 +229,7 @@ def _progress(trainer, metric: str, sites: int) -> Iterator[tuple]:
 
         def on_commit(trial: Trial):
             count, value = len(trial.swapped), trial.metrics[metric]
-            bar.write(f"swapped {count:2d}/{sites}: {trial.candidate}  {metric} {value:.4g}")
+            if not bar.disable:
+                bar.write(f"swapped {count:2d}/{sites}: {trial.candidate}  {metric} {value:.4g}")
 
         yield on_trial, on_commit

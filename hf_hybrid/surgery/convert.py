@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..configuration_hybrid import AttentionSite
 from ..conversion.layer import (
+    check_divisible,
     check_own_forward,
     convert_attention_,
     hybrid_layers,
@@ -17,7 +18,6 @@ from ..conversion.layer import (
     restore_attention_,
 )
 from ..conversion.offload import check_not_preloaded, execution_device
-from ..conversion.ports import find_port
 from ..conversion.probe import ProbedModel, probe_attention
 from ..conversion.sites import select_heads
 from ..errors import AlreadyHybridError, UnsupportedModelError
@@ -30,6 +30,7 @@ from ..mixers import (
     resolve_mixer_config,
 )
 from ..modeling_hybrid import HybridModelMixin, become_base_, become_hybrid_, describe, mixer_dtype
+from ..objectives.local import stop_distillation_
 
 
 logger = logging.get_logger(__name__)
@@ -130,7 +131,9 @@ def put_mixers_(
     if not isinstance(model, HybridModelMixin):
         check_own_forward(model)
     check_not_preloaded(model, list(selected))
-    _refuse_ported_heads(modules, selected)
+    for name, (site, wanted) in selected.items():
+        if len(wanted) < site.num_key_value_heads:
+            check_divisible(modules[name], f"{name} ({type(modules[name]).__name__})")
     # build everything before touching anything: a mixer that refuses leaves the model as it was
     mixers = {
         name: new_mixer(
@@ -141,15 +144,6 @@ def put_mixers_(
     warn_of_losses({name: probed.lost[name] for name in selected})
     for name, (site, _) in selected.items():
         convert_attention_(modules[name], mixers[name], site)
-
-
-def _refuse_ported_heads(modules: dict[str, nn.Module], selected) -> None:
-    for name, (site, wanted) in selected.items():
-        if len(wanted) < site.num_key_value_heads and find_port(type(modules[name])) is not None:
-            raise UnsupportedModelError(
-                f"{name} ({type(modules[name]).__name__}): the family computes its softmax inline, where heads cannot "
-                "be taken out. Convert whole layers of it, or none."
-            )
 
 
 def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -182,7 +176,8 @@ def forget_distillation_(model: PreTrainedModel) -> None:
     """Take off the model what a distillation noted on it."""
     for layer in hybrid_layers(model).values():
         layer.local_objective = None
-    for name in ("training_objective", "distill_rank", "base_fingerprint", "_no_split_modules"):
+    stop_distillation_(model)
+    for name in ("distill_rank", "base_fingerprint"):
         model.__dict__.pop(name, None)
 
 

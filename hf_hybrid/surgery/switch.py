@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..conversion.layer import HybridAttentionMixin, check_heads, hybrid_layers
-from ..errors import HybridConfigError, UnsupportedModelError, closest
+from ..conversion.layer import HybridAttentionMixin, check_divisible, check_heads, hybrid_layers
+from ..errors import HybridConfigError, closest
 from ..modeling_hybrid import HybridModelMixin
 
 
@@ -54,8 +54,4 @@ def _check_divisible(name: str, layer: HybridAttentionMixin, heads: tuple[int, .
             f"set_linear_heads_: {name} has trained projections, which belong to the whole layer; got heads "
             f"{list(heads)}. Make all of its heads linear, or distil with projections='shared'."
         )
-    if layer._hybrid_port is not None:
-        raise UnsupportedModelError(
-            f"{name} ({type(layer).__name__}): the family computes its softmax inline, where heads cannot be taken "
-            "out. Make all heads of the layer linear, or none."
-        )
+    check_divisible(layer, f"{name} ({type(layer).__name__})")

@@ -34,4 +34,23 @@ def find_port(attention_class: type) -> Callable | None:
     return PORTS.get(f"{attention_class.__module__}.{attention_class.__qualname__}")
 
 
-__all__ = ["PORTS", "find_port"]
+# Families that call the interface, and work on keys and values of all heads after they were cached. A class with its
+# converted subclass.
+READ_ALL_HEADS = (
+    "transformers.models.doge.modeling_doge.DogeAttention",
+    "transformers.models.inkling2.modeling_inkling2.Inkling2FullAttention",
+    "transformers.models.inkling2.modeling_inkling2.Inkling2SlidingAttention",
+)
+
+
+def why_whole_layers(attention_class: type) -> str | None:
+    """Why some heads of a family's layer cannot be linear while the others keep the softmax; `None`: they can."""
+    classes = [cls for cls in attention_class.__mro__ if cls.__module__.startswith("transformers.models.")]
+    if any(find_port(cls) is not None for cls in classes[:1]):
+        return "the family computes its softmax inline, where heads cannot be taken out"
+    if any(f"{cls.__module__}.{cls.__qualname__}" in READ_ALL_HEADS for cls in classes[:1]):
+        return "the family works on the keys and values of all heads after it cached them"
+    return None
+
+
+__all__ = ["PORTS", "READ_ALL_HEADS", "find_port", "why_whole_layers"]
