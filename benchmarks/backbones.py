@@ -3,6 +3,7 @@ Which backbones can be converted: every contract of tests/backbones on a toy mod
 
     python benchmarks/backbones.py                 # two processes, five minutes; writes benchmarks/results/backbones.json and the page below
     python benchmarks/backbones.py --heads         # the same with every other key-value head linear; writes benchmarks/results/backbones_heads.json
+    python benchmarks/backbones.py --again         # only the pairs that failed in the record, also with --heads
     python benchmarks/backbones.py --page          # the page alone, from the recorded results
 
 Writes docs/reference/backbones.md. Exit status 1 if a contract fails.
@@ -39,12 +40,14 @@ def check_one(pair: tuple[str, str], every_other_head: bool = False) -> dict:
     return dataclasses.asdict(check(*pair, every_other_head))
 
 
-def run(processes: int, every_other_head: bool = False) -> dict:
+def run(processes: int, every_other_head: bool = False, before: dict | None = None) -> dict:
+    """Every pair, or those that failed `before`."""
     import torch
     import transformers
     from backbones.toy_models import pairs
 
-    todo = pairs()
+    kept = {} if before is None else {(r["task"], r["model_type"]): r for r in before["rows"] if r["word"] != "fails"}
+    todo = [pair for pair in pairs() if pair not in kept]
     with concurrent.futures.ProcessPoolExecutor(processes) as pool:
         rows = []
         job = functools.partial(check_one, every_other_head=every_other_head)
@@ -57,7 +60,8 @@ def run(processes: int, every_other_head: bool = False) -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"date": datetime.date.today().isoformat(), "versions": versions, "rows": rows}
+    rows = {**kept, **{(row["task"], row["model_type"]): row for row in rows}}
+    return {"date": datetime.date.today().isoformat(), "versions": versions, "rows": [rows[pair] for pair in pairs()]}
 
 
 def page(results: dict) -> str:
@@ -130,9 +134,9 @@ def verdict(rows: list[dict]) -> str:
     }[word]
 
 
-def every_other_head(processes: int) -> int:
+def every_other_head(processes: int, before: dict | None = None) -> int:
     """The second sweep: every other key-value head of every layer linear, the others softmax."""
-    results = run(processes, every_other_head=True)
+    results = run(processes, every_other_head=True, before=before)
     HEADS.write_text(json.dumps(results, indent=0) + "\n")
     types = collections.defaultdict(list)
     for row in results["rows"]:
@@ -148,13 +152,14 @@ def every_other_head(processes: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the page from the recorded results")
+    parser.add_argument("--again", action="store_true", help="only what failed in the record")
     parser.add_argument("--heads", action="store_true", help="every other key-value head linear")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     if options.heads:
-        return every_other_head(options.processes)
+        return every_other_head(options.processes, json.loads(HEADS.read_text()) if options.again else None)
     if not options.page:
-        results = run(options.processes)
+        results = run(options.processes, before=json.loads(RESULTS.read_text()) if options.again else None)
         RESULTS.write_text(json.dumps(results, indent=0) + "\n")
     results = json.loads(RESULTS.read_text())
     PAGE.write_text(page(results))

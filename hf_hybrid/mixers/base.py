@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from ..errors import HybridConfigError, UnknownMixerError, closest
 from .checks import INITIALIZATIONS
 from .heads import query_heads, select_heads
+from .rows import mix_beginning, mix_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +198,26 @@ class LinearMixer(nn.Module, ABC):
                 "inplace_final_state": inplace_final_state,
             }
             return functional_call(mixer, parameters, (query, key, value, hidden_states), options)
+        query, key, value = self._checked(query, key, value, hidden_states, valid)
+        with torch.autocast(query.device.type, enabled=False):  # autocast would round the fp32 state
+            if (
+                valid is not None
+                and valid.device.type == "cpu"
+                and not torch.compiler.is_compiling()
+                and bool(valid.all())
+            ):
+                valid = None  # the ops have a shorter way; on other devices looking would cost more than it saves
+            if segments is not None:
+                return mix_packed(self, query, key, value, hidden_states, valid, segments, state, output_final_state)
+            if valid is not None and state is None and output_final_state and query.shape[1] > 1:
+                return mix_beginning(self, query, key, value, hidden_states, valid)
+            output, final_state = self.mix(
+                query, key, value, hidden_states, valid=valid, state=state, inplace_final_state=inplace_final_state
+            )
+        return output, (final_state if output_final_state else None)
+
+    def _checked(self, query, key, value, hidden_states, valid):
+        """Queries, keys and values in one dtype, if the rest fits them."""
         if self.needs_hidden_states and hidden_states is None:
             raise HybridConfigError(
                 f"{self.config_class.name} makes its gates from the layer's input. Pass hidden_states [B, T, D]."
@@ -215,37 +235,7 @@ class LinearMixer(nn.Module, ABC):
             if torch.is_autocast_enabled(device):
                 dtype = torch.get_autocast_dtype(device)
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        with torch.autocast(query.device.type, enabled=False):  # autocast would round the fp32 state
-            if (
-                valid is not None
-                and valid.device.type == "cpu"
-                and not torch.compiler.is_compiling()
-                and bool(valid.all())
-            ):
-                valid = None  # the ops have a shorter way; on other devices looking would cost more than it saves
-            if segments is not None:
-                return self._mix_packed(query, key, value, hidden_states, valid, segments, state, output_final_state)
-            if valid is not None and state is None and output_final_state and query.shape[1] > 1:
-                return self._mix_beginning(query, key, value, hidden_states, valid)
-            output, final_state = self.mix(
-                query, key, value, hidden_states, valid=valid, state=state, inplace_final_state=inplace_final_state
-            )
-        return output, (final_state if output_final_state else None)
-
-    def _mix_beginning(self, query, key, value, hidden_states, valid):
-        """
-        The first tokens of sequences that go on: padding after them is moved in front, where it takes no place in
-        windows and convolutions, and the outputs are moved back.
-        """
-        length = valid.shape[1]
-        place = torch.arange(length, device=valid.device)
-        behind = length - ((place + 1) * valid).amax(1, keepdim=True)  # padding after the last token, [B, 1]
-        if valid.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(behind.any()):
-            return self.mix(query, key, value, hidden_states, valid=valid, state=None, inplace_final_state=False)
-        there, back = (place - behind) % length, (place + behind) % length
-        moved = [None if x is None else _rows_at(x, there) for x in (query, key, value, hidden_states, valid)]
-        output, state = self.mix(*moved[:4], valid=moved[4], state=None, inplace_final_state=False)
-        return _rows_at(output, back), state
+        return query, key, value
 
     def _over(self, heads: tuple[int, ...]) -> tuple["LinearMixer", dict[str, torch.Tensor]]:
         """
@@ -316,51 +306,6 @@ class LinearMixer(nn.Module, ABC):
                 )
         return mixer.train(self.training)
 
-    def _mix_packed(self, query, key, value, hidden_states, valid, segments, state, output_final_state):
-        """Give every packed sequence a row of its own, mix, and put the tokens back. Exact for every mixer."""
-        if state is not None:
-            raise HybridConfigError(f"{self.config_class.name}: packed sequences cannot continue a cached state.")
-        if valid is None:
-            valid = torch.ones(query.shape[:2], dtype=torch.bool, device=query.device)
-        batch, length = segments.shape
-        starts = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-        sequence = starts.view(-1).cumsum(0) - 1  # of each token, over all rows
-        lengths = torch.bincount(sequence)
-        column = torch.arange(batch * length, device=query.device) - (lengths.cumsum(0) - lengths)[sequence]
-        flat = [None if x is None else x.flatten(0, 1) for x in (query, key, value, hidden_states, valid)]
-        output = query.new_empty(batch * length, query.shape[2], self.value_dim)
-        finals = {}
-        last = sequence.view(batch, length)[:, -1].tolist()  # a row goes on from its last sequence
-        # sequences of about one length at a time: in rows of the longest of all, many short ones would be mostly
-        # padding. Those that go on, of exactly one length: padding after them would be in their windows.
-        group_of = lengths.log2().floor()
-        if output_final_state:
-            group_of[last] = -lengths[last].to(group_of.dtype)
-        for group in torch.unique(group_of).tolist():
-            members = torch.nonzero(group_of == group).view(-1)
-            tokens = torch.nonzero(torch.isin(sequence, members)).view(-1)
-            place = torch.searchsorted(members, sequence[tokens]), column[tokens]
-            shape = (len(members), int(lengths[members].max()))
-
-            def unpack(x, place=place, tokens=tokens, shape=shape):
-                return x.new_zeros(*shape, *x.shape[1:]).index_put(place, x[tokens])
-
-            mixed, final = self.mix(
-                *(unpack(x) for x in flat[:3]),
-                None if hidden_states is None else unpack(flat[3]),
-                valid=unpack(flat[4]),
-                state=None,
-                inplace_final_state=False,
-            )
-            output = output.index_put((tokens,), mixed[place])
-            for index, member in enumerate(members.tolist()):
-                if member in last:
-                    finals[member] = tuple(x[index] for x in final)
-        output = output.unflatten(0, (batch, length))
-        if not output_final_state:
-            return output, None
-        return output, tuple(torch.stack(parts) for parts in zip(*(finals[member] for member in last), strict=True))
-
     def state_bytes(self, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of cache per layer, whatever the length."""
         weight = next(self.parameters(), torch.empty(0))
@@ -372,11 +317,6 @@ class LinearMixer(nn.Module, ABC):
         with torch.no_grad():
             _, state = self(query, key, value, hidden, output_final_state=True)
         return sum(x.numel() * x.element_size() for x in state)
-
-
-def _rows_at(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """`x[b, place[b, t]]`, `[B, T, ...]`."""
-    return x.gather(1, place.view(*place.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))
 
 
 _MIXERS: dict[str, type[LinearMixer]] = {}

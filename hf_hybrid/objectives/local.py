@@ -148,7 +148,8 @@ class LocalDistillation:
                 value=split.linear(inputs.value, axis=2),
             )
             target = split.linear(target, axis=2)
-        tensors = [x.detach() for x in (inputs.query, inputs.key, inputs.value, inputs.hidden_states)]
+        # (a layer may be given no hidden states but under a name of its own)
+        tensors = [_detached(x) for x in (inputs.query, inputs.key, inputs.value, inputs.hidden_states)]
         target, valid, segments = target.detach(), inputs.valid, inputs.segments
 
         def losses(*tensors):

@@ -233,6 +233,7 @@ def in_order(state: WindowState, num_sinks: int) -> WindowState:
     return WindowState(key, value, state.visible.index_select(1, index), counts, state.recurrent)
 
 
+# Longer than most: a loop whose steps share a dozen tensors, which every part of it would have to be handed.
 def naive_window_attention(query, key, value, *, window_size, num_sinks, scale, linear=None, valid=None, state=None):
     r"""
     Exact attention over the last `window_size` positions and `num_sinks` sinks, with linear attention over everything

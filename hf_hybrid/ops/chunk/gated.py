@@ -89,6 +89,7 @@ def sub_chunk_size_of(min_decay: float, chunk_size: int) -> int:
     return next(fits, 4)  # STRONGEST_CHANNEL_DECAY fits into 4
 
 
+# Longer than most: a loop whose steps share a dozen tensors, which every part of it would have to be handed.
 def _scan(block, query, key, value, decay, beta, scale, qk_l2norm, min_decay, state, output_final_state, chunk_size):
     batch, length, num_heads, key_dim = query.shape
     num_kv_heads, value_dim = value.shape[2:]

@@ -100,6 +100,7 @@ def _traceable_form(query, key, value, feature_map_q, feature_map_k, valid, stat
     return output, state
 
 
+# Longer than most: a loop whose steps share a dozen tensors, which every part of it would have to be handed.
 def _forward(
     functions,
     weights_q,

@@ -110,6 +110,7 @@ def advance_window(key, value, valid, state, window_size, num_sinks):
     return (sink_key, sink_value, position, is_sink), final
 
 
+# Longer than most: a loop whose steps share a dozen tensors, which every part of it would have to be handed.
 def _loop_form(query, key, value, valid, state, sinks, *, window_size, scale, linear, chunk_size):
     """Block by block with buffers that are used again; no gradients. Returns `(output, recurrent state)`."""
     sink_key, sink_value, sink_position, is_sink = sinks

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 from ...cache_folder import cache_folder
+from ...errors import MissingDependencyError
 from .arguments import SIGNATURES
 
 
@@ -56,7 +57,10 @@ def kernels() -> ctypes.CDLL | None:
 def library() -> ctypes.CDLL:
     """[`kernels`], which must be there: the ops ask first."""
     loaded = kernels()
-    assert loaded is not None
+    if loaded is None:
+        raise MissingDependencyError(
+            "The compiled kernels are not there: no C++ compiler was found. Use HF_HYBRID_OPS=torch."
+        )
     return loaded
 
 
