@@ -113,6 +113,41 @@ def test_a_bank_is_loaded_from_the_hub(run_client):
     assert out.splitlines()[-1] == "equal"
 
 
+def test_an_adapter_is_pushed_and_loaded_four_ways(run_client):
+    out = run_client("""
+        import torch; torch.set_num_threads(1)
+        from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+        from transformers import AutoModelForCausalLM
+        from hf_hybrid import HybridPeftConfig
+        from tiny_models import tiny_model
+        tiny_model().push_to_hub("tester/base")
+        def base():
+            return AutoModelForCausalLM.from_pretrained("tester/base").eval()
+        ids = torch.arange(5, 25)[None]
+        config = HybridPeftConfig(mixer="linear_attention", heads={"model.layers.1.self_attn": [1]})
+        model = get_peft_model(base(), config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if ".hybrid_" in name:
+                    parameter.add_(0.3)
+            expected = model(ids).logits
+            model.push_to_hub("tester/adapter")
+            by_hand = base()
+            by_hand.load_adapter("tester/adapter")
+            for loaded in (
+                PeftModel.from_pretrained(base(), "tester/adapter"),
+                AutoPeftModelForCausalLM.from_pretrained("tester/adapter"),
+                AutoModelForCausalLM.from_pretrained("tester/adapter"),
+                by_hand,
+            ):
+                assert torch.equal(loaded.eval()(ids).logits, expected)
+            with model.disable_adapter():
+                assert torch.equal(model(ids).logits, base()(ids).logits)
+        print("equal")
+    """)
+    assert out.splitlines()[-1] == "equal"
+
+
 def test_a_repository_that_is_not_there(run_client):
     out = run_client("""
         import hf_hybrid

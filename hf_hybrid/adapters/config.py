@@ -3,6 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+import transformers
 from peft import PeftConfig
 
 from ..configuration_hybrid import LinearSite, hybrid_section, read_hybrid_section
@@ -70,6 +71,15 @@ class HybridPeftConfig(PeftConfig):
         self.mixer = resolve_mixer_config(self.mixer).to_dict()
         if self.layers is not None and not isinstance(self.layers, str):
             self.layers = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As in PEFT; what it notes of the base model's class is the family's own, which a fresh process can import."""
+        noted = kwargs.get("auto_mapping_dict")
+        family = getattr(transformers, (noted or {}).get("base_model_class", "").removeprefix("Hybrid"), None)
+        if family is not None:
+            noted = {"base_model_class": family.__name__, "parent_library": family.__module__}
+            kwargs["auto_mapping_dict"] = noted
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def mixer_config(self) -> MixerConfig:

@@ -211,7 +211,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
 
     def _warn_of_unreached_sites(self):
         names = list(hybrid_layers(self.unwrapped))
-        if self.state.global_step == 0 or self.objective is None:
+        if self.state.global_step == 0 or not self.is_world_process_zero():
             return
         unreached = [name for name in names if name not in self.objective.reached]
         if unreached and len(unreached) < len(names):
@@ -323,6 +323,17 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
                 f"swap_layers: heads are given for {extra[0]!r}, which is not among the layers. Add it."
             )
         set_linear_heads_(self.unwrapped, wanted)
+        self._note_switch()
+
+    def _note_switch(self):
+        """An adapter remembers which heads are linear while it is active."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            switched = linear_heads(self.unwrapped)
+            model.peft_config[model.active_adapter].linear_heads = {n: list(h) for n, h in switched.items()}
+            for name, layer in self.distill_sites.items():
+                wrapper = self.unwrapped.get_submodule(name)
+                wrapper.heads_of[model.active_adapter] = layer.linear_heads
 
     def swapped_layers(self) -> list[str]:
         """Names of the layers of which some heads are linear now."""

@@ -151,6 +151,10 @@ def test_the_hybrid_trainer_takes_a_peft_model_and_leaves_the_same_format(base, 
     trainer.swap_layers([1])
     expected = trainer.evaluate()["eval_loss"]
     trainer.save_model(tmp_path / "hybrid")
+    model.save_pretrained(tmp_path / "adapter")  # which remembers the switch
+    again = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    assert list(linear_heads(again.get_base_model())) == [NAME]
+    assert torch.equal(logits(again), logits(model))
     hybrid = AutoModelForCausalLM.from_pretrained(tmp_path / "hybrid")
     ids = torch.tensor(trainer.eval_dataset["input_ids"])
     with torch.no_grad():
