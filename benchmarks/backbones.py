@@ -89,6 +89,7 @@ def page(results: dict) -> str:
         f"A type *works* when every contract that its untouched model keeps is kept by the hybrid: {contracts}. A `-` in `benchmarks/results/backbones.json` says that a",
         "contract does not apply.",
         "",
+        *heads_paragraph(),
         "| model type | tasks | verdict |",
         "|---|---|---|",
     ]
@@ -104,6 +105,26 @@ def page(results: dict) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def heads_paragraph() -> list[str]:
+    """What the second sweep said, if it was run."""
+    if not HEADS.exists():
+        return []
+    types = collections.defaultdict(list)
+    for row in json.loads(HEADS.read_text())["rows"]:
+        types[row["model_type"]].append(row)
+    green = sum(word_of(rows) in ("works", "loses") for rows in types.values())
+    whole = [
+        name
+        for name, rows in types.items()
+        if any("cannot be taken out" in r["why"] or "after it cached" in r["why"] for r in rows)
+    ]
+    return [
+        f"With every other key-value head of every layer linear and the others softmax (`--heads`), **{green}** types keep their contracts. Of these",
+        f"families only whole layers can be converted: {', '.join(f'`{name}`' for name in sorted(whole))}.",
+        "",
+    ]
 
 
 def untried_types(tried: set[str]) -> list[str]:
