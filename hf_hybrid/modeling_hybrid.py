@@ -37,7 +37,7 @@ from .conversion.layer import (
 )
 from .conversion.masks.custom import tell_of_masks
 from .conversion.position_bias import note_bias_readers_
-from .conversion.positions import with_positions
+from .conversion.positions import is_rotary_decoder, with_positions
 from .conversion.published import published_sites
 from .errors import CheckpointError, HybridError, UnsupportedModelError
 from .hub.auto_classes import AUTO_CLASSES, PREPROCESSOR_MAPPINGS, auto_map
@@ -100,7 +100,7 @@ class HybridModelMixin(CheckpointMixin):
             convert_attention_(module, mixer, linear.site)
             module.linear_heads = linear.heads
         note_bias_readers_(self)
-        self._hybrid_built = True
+        self._hybrid_built, self._hybrid_is_rotary = True, is_rotary_decoder(self)
 
     @property
     def projections(self) -> str:
@@ -223,7 +223,7 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
             cls.__name__ == name for cls in _MODEL_CLASSES.values()
         ):  # one modeling class can serve several config classes
             name = config_class.__name__.removesuffix("Config") + base.__name__
-        accepted = frozenset(inspect.signature(base.forward).parameters)
+        names = tuple(inspect.signature(base.forward).parameters)[1:]
 
         @functools.wraps(base.__init__)
         def __init__(self, config, *args, **kwargs):
@@ -234,8 +234,8 @@ def hybrid_model_class(base: type[PreTrainedModel], config_class: type[PreTraine
             tell_of_masks(self, args, kwargs, lambda: filter(is_hybrid_attention, self.modules()))
             if self.training_objective is not None and self.training:
                 return self.training_objective.run_model(self, functools.partial(base.forward, self), args, kwargs)
-            if "position_ids" in accepted:
-                kwargs = with_positions(self, args, kwargs)
+            if "position_ids" in names:
+                kwargs = with_positions(self, names, args, kwargs)
             return base.forward(self, *args, **kwargs)
 
         namespace = {
@@ -287,7 +287,7 @@ def become_hybrid_(model: PreTrainedModel, projections: str = "shared") -> None:
         model.__class__ = hybrid_model_class(base_class, config_class)
         rebind_forward_(model)
         _CAN_RECORD_REGISTRY[model] = model._can_record_outputs  # a class that is never constructed does not note it
-        model._hybrid_built = True
+        model._hybrid_built, model._hybrid_is_rotary = True, is_rotary_decoder(model)
     model.config.hybrid["projections"] = projections
     model.refresh_hybrid_config()
 
@@ -299,7 +299,7 @@ def become_base_(model: PreTrainedModel) -> None:
         config.__dict__.pop(name, None)
     config.__class__ = type(config).base_config_class
     model.__class__ = type(model).base_model_class
-    for name in ("_hybrid_built", "_hybrid_told_of_masks", "training_objective"):
+    for name in ("_hybrid_built", "_hybrid_is_rotary", "_hybrid_told_of_masks", "training_objective"):
         model.__dict__.pop(name, None)
     rebind_forward_(model)
 

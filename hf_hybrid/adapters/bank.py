@@ -66,25 +66,31 @@ def _student_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]
 def adapter_config(model: PreTrainedModel) -> HybridPeftConfig:
     """The adapter that the mixers of a model are, with the switch as it stands."""
     layers = hybrid_layers(model)
-    first = next(iter(layers.values()))
+    sites = {
+        name: LinearSite(layer.hybrid_site, layer.hybrid_config.to_dict(), layer.hybrid.heads)
+        for name, layer in layers.items()
+    }
     config = HybridPeftConfig(
-        mixer=first.hybrid_config.to_dict(),
+        mixer=common_mixer(sites),
         projections=model.projections,
         projection_rank=model.__dict__.get("distill_rank", 8),
         base_model_name_or_path=model.config.hybrid["base_model"]["name_or_path"],
         revision=model.config.hybrid["base_model"]["revision"],
         inference_mode=True,
     )
-    config.describe_sites(
-        {
-            name: LinearSite(layer.hybrid_site, layer.hybrid_config.to_dict(), layer.hybrid.heads)
-            for name, layer in layers.items()
-        }
-    )
+    config.describe_sites(sites)
     config.base_fingerprint = base_fingerprint(model, layers)
     switched = linear_heads(model)
     config.linear_heads = {name: list(heads) for name, heads in switched.items()} or None
     return config
+
+
+def common_mixer(sites: Mapping[str, LinearSite]) -> dict:
+    """
+    The settings that the mixers of all layers come from: those of a causal one, since bidirectional layers take part of
+    them only.
+    """
+    return next((site.mixer for site in sites.values() if site.site.causal), next(iter(sites.values())).mixer)
 
 
 def adapter_key(name: str) -> str:
@@ -207,8 +213,10 @@ def load_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike, **hub_kwa
     else:
         config, tensors = read_adapter(folder)
     sites = check_base(config, model, os.path.join(folder, CONFIG_NAME))
+    config.mixer = common_mixer(sites)
+    fitted = {name: config.mixer_config.fitted(site.site.causal).to_dict() for name, site in sites.items()}
     kinds = {str(sorted(site.mixer.items())) for site in sites.values()}
-    if len({site.mixer["name"] for site in sites.values()}) != 1:
+    if any(fitted[name] != site.mixer for name, site in sites.items()):
         raise CheckpointError(f"The mixer bank {folder} must hold one mixer for all its sites; got {len(kinds)}.")
     partial = {
         name: list(site.heads) for name, site in sites.items() if len(site.heads) < site.site.num_key_value_heads

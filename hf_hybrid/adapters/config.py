@@ -1,13 +1,14 @@
 """`HybridPeftConfig`: what `adapter_config.json` says of the mixers beside a frozen model."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import transformers
 from peft import PeftConfig
 
 from ..configuration_hybrid import LinearSite, hybrid_section, read_hybrid_section
-from ..errors import CheckpointError
+from ..errors import CheckpointError, HybridConfigError
 from ..mixers import MixerConfig, resolve_mixer_config
 
 
@@ -69,8 +70,15 @@ class HybridPeftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = HYBRID
         self.mixer = resolve_mixer_config(self.mixer).to_dict()
+        if callable(self.layers):
+            raise HybridConfigError(
+                f"HybridPeftConfig: layers must be names or indices, which a file can hold; got {self.layers!r}. "
+                "Select with "
+                "find_attention_sites(model) first."
+            )
         if self.layers is not None and not isinstance(self.layers, str):
             self.layers = [self.layers] if isinstance(self.layers, int) else list(self.layers)
+        self.heads, self.linear_heads = _as_lists(self.heads), _as_lists(self.linear_heads)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """As in PEFT; what it notes of the base model's class is the family's own, which a fresh process can import."""
@@ -107,6 +115,16 @@ class HybridPeftConfig(PeftConfig):
         """Note the layers and their mixers."""
         self.sites = {name: dataclasses.replace(site).entry() for name, site in sites.items()}
         self.target_modules = list(sites)
+
+
+def _as_lists(heads):
+    """Heads by layer as JSON holds them."""
+    if not isinstance(heads, dict):
+        return heads
+    return {
+        layer: list(some) if isinstance(some, Iterable) and not isinstance(some, str) else some
+        for layer, some in heads.items()
+    }
 
 
 __all__ = ["HYBRID", "HybridPeftConfig", "PeftTypeName"]

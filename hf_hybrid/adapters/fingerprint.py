@@ -24,8 +24,9 @@ def base_fingerprint(model: nn.Module, sites: Iterable[str]) -> dict[str, float]
     Raises:
         AttributeError: If the model has no such site.
     """
-    known = model.__dict__.setdefault("base_fingerprint", {})
     layers = hybrid_layers(model)
+    # a model that is only looked at may have other weights the next time
+    known = model.__dict__.setdefault("base_fingerprint", {}) if layers else {}
     for name in sites:
         if name not in known:
             known[name] = _of_attention(layers[name] if name in layers else model.get_submodule(name))

@@ -5,13 +5,16 @@ beside the layer.
 
 import dataclasses
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_hybrid import LinearSite
 from ..conversion.layer import (
+    check_divisible,
     check_own_forward,
     convert_attention_,
     hybrid_layers,
@@ -23,7 +26,7 @@ from ..conversion.layer import (
 from ..conversion.probe import probe_attention
 from ..conversion.projections import merge_deltas_, new_deltas
 from ..conversion.sites import select_heads
-from ..errors import CheckpointError, HybridConfigError, UnsupportedModelError
+from ..errors import AlreadyHybridError, CheckpointError, HybridConfigError, UnsupportedModelError
 from ..mixers import MixerConfig
 from ..modeling_hybrid import HybridModelMixin, become_base_, become_hybrid_, describe, mixer_dtype
 from ..surgery import check_projections, forget_distillation_, new_mixer, warn_of_losses
@@ -52,6 +55,7 @@ class HybridTunerLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.hybrid_mixer, self.hybrid_delta = nn.ModuleDict(), nn.ModuleDict()
         self.heads_of: dict[str, tuple[int, ...]] = {}
+        self.config_of: dict[str, HybridPeftConfig] = {}
         self.merged_adapters: list[str] = []
 
     def __getattr__(self, name):
@@ -88,6 +92,19 @@ class HybridTunerLayer(nn.Module, BaseTunerLayer):
         layer.__dict__["hybrid_delta"] = deltas if len(deltas) else None
         if not self.disable_adapters:
             layer.linear_heads = self.heads_of[active[0]]
+
+    def remember_switch(self) -> None:
+        """After the switch was set by hand: the active adapter keeps it, also in its file."""
+        active = next((name for name in self.active_adapters if name in self.heads_of), None)
+        if active is None or self.disable_adapters:
+            return
+        self.heads_of[active] = self.base_layer.linear_heads
+        config, name = self.config_of[active], self.base_layer.hybrid_site.name
+        everything = {
+            site: entry.get("heads", list(range(entry["num_key_value_heads"]))) for site, entry in config.sites.items()
+        }
+        config.linear_heads = {**(everything if config.linear_heads is None else config.linear_heads)}
+        config.linear_heads[name] = list(self.base_layer.linear_heads)
 
     def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
@@ -151,6 +168,7 @@ class HybridTuner(BaseTuner):
         model = self.model
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(f"model must be a transformers PreTrainedModel; got {type(model).__name__}.")
+        _check_bare(model)
         check_projections(peft_config.projections, peft_config.projection_rank, peft_config.heads)
         if peft_config.sites is None:
             self._measure(peft_config)
@@ -166,6 +184,9 @@ class HybridTuner(BaseTuner):
         probed = probe_attention(model)
         sites = [dataclasses.replace(site, name=site_name(site.name)) for site in probed.sites]
         selected = select_heads(config.layers, config.heads, sites, describe(model))
+        for name, (site, heads) in selected.items():
+            if len(heads) < site.num_key_value_heads:
+                check_divisible(_inner(model.get_submodule(name)), name)
         lost = {site_name(name): what for name, what in probed.lost.items()}
         warn_of_losses({name: lost[name] for name in selected})
         config.describe_sites(
@@ -190,7 +211,7 @@ class HybridTuner(BaseTuner):
             linear.site,
             linear.heads,
             attention,
-            dtype=mixer_dtype(self.model, attention),
+            dtype=torch.promote_types(mixer_dtype(self.model, attention), torch.float32),
         )
         deltas = new_deltas(attention, peft_config.projections, peft_config.projection_rank)
         switched = peft_config.linear_heads
@@ -199,14 +220,19 @@ class HybridTuner(BaseTuner):
             target = HybridTunerLayer(target)
             setattr(parent, target_name, target)
         target._active_adapter = list(self.active_adapters) if target.hybrid_mixer else [adapter_name]
+        target.config_of[adapter_name] = peft_config
         target.add(adapter_name, mixer, deltas, linear.site, heads)
         # the first adapter is active; one that is added to others waits until it is chosen
         target.set_adapter(target._active_adapter, inference_mode=peft_config.inference_mode)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        become_hybrid_(model, self.peft_config[adapter_name].projections)
-        model.__dict__["distill_rank"] = self.peft_config[adapter_name].projection_rank
+        become_hybrid_(model)
+        self._note_switch()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._note_switch()
 
     def set_adapter(self, adapter_name, inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
@@ -217,8 +243,13 @@ class HybridTuner(BaseTuner):
         self._note_switch()
 
     def _note_switch(self) -> None:
-        if isinstance(self.model, HybridModelMixin):  # not yet, while the first adapter is being put in
-            self.model.refresh_hybrid_config()
+        if not isinstance(self.model, HybridModelMixin):  # not yet, while the first adapter is being put in
+            return
+        active = next((self.peft_config[name] for name in self.active_adapters if name in self.peft_config), None)
+        if active is not None:
+            self.model.config.hybrid["projections"] = active.projections
+            self.model.__dict__["distill_rank"] = active.projection_rank
+        self.model.refresh_hybrid_config()
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names=None
@@ -237,6 +268,9 @@ class HybridTuner(BaseTuner):
             else:
                 restore_attention_(layer)
             model.set_submodule(name, layer)
+        for name, module in [(n, m) for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]:
+            own = module.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            model.set_submodule(name, own)
         forget_distillation_(model)
         model.__dict__.pop("peft_config", None)
         for parameter in model.parameters():
@@ -247,6 +281,23 @@ class HybridTuner(BaseTuner):
         else:
             become_base_(model)
         return model
+
+
+def _check_bare(model: nn.Module) -> None:
+    """An adapter of mixers stands beside the base model's own attention, and beside no other adapter's layers."""
+    wrapped = {id(m.base_layer) for m in model.modules() if isinstance(m, HybridTunerLayer)}
+    for name, module in model.named_modules():
+        if is_hybrid_attention(module) and id(module) not in wrapped:
+            raise AlreadyHybridError(
+                f"{name} of {describe(model)} is converted already. Call restore_full_attention(model) first: an "
+                "adapter of mixers "
+                "stands beside the base model's attention."
+            )
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, HybridTunerLayer):
+            raise UnsupportedModelError(
+                f"{describe(model)} carries another adapter ({name}). Merge it first, or add it to the hybrid that "
+                "merge_and_unload gives."
+            )
 
 
 def _inner(target: nn.Module) -> nn.Module:

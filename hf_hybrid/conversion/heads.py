@@ -32,7 +32,9 @@ class HeadSplit:
     @property
     def kept_heads(self) -> tuple[int, ...]:
         """The key-value heads that keep the softmax."""
-        return tuple(head for head in range(self.num_key_value_heads) if head not in self.linear_heads)
+        # by `==`: when it compiles a second time, dynamo takes head numbers for symbols, and evaluates `in` wrongly
+        heads = range(self.num_key_value_heads)
+        return tuple(head for head in heads if not any(head == linear for linear in self.linear_heads))
 
     def linear(self, x: torch.Tensor, axis: int) -> torch.Tensor:
         """The linear heads of `x`, which has all query heads or all key-value heads along `axis`."""

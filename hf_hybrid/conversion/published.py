@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from ..configuration_hybrid import LinearSite
+from ..errors import UnsupportedModelError
 from .layer import HybridAttentionMixin, hybrid_layers, is_hybrid_attention
 from .position_bias import is_all_linear
 from .projections import parameter_name
@@ -47,9 +48,16 @@ def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = No
     if all(is_published(path, layer, types[path]) for path, layer in layers.items()):
         return state
     state = dict(model.state_dict() if state is None else state)
+    _unwrap_saved_modules(model, state)
     for path, layer in layers.items():
         owner = path.removesuffix(WRAPPED)
         mixer, deltas = _taken(state, model, path, owner, layer)
+        if any(value.is_meta for value in mixer.values()):
+            raise UnsupportedModelError(
+                f"{owner}: the mixer is offloaded, so that the rows of some heads cannot be taken out of it. Load the "
+                "model "
+                "without offload to save it with this switch."
+            )
         for name in [name for name in state if owner != path and name.startswith(f"{path}.")]:
             state[f"{owner}.{name.removeprefix(f'{path}.')}"] = state.pop(name)
         if not layer.linear_heads:
@@ -61,6 +69,16 @@ def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = No
         if layer.hybrid_delta is not None and is_all_linear(layer):
             _add_deltas(state, owner, layer, deltas)
     return state
+
+
+def _unwrap_saved_modules(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Other modules that train with an adapter (a classifier's head), under the host's names."""
+    for path, module in model.named_modules():
+        if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            saved, original = (_take(state, f"{path}.{kind}.") for kind in ("modules_to_save", "original_module"))
+            active = (getattr(module, "active_adapters", None) or [""])[0]
+            trained = _take(saved, f"{active}.")
+            state.update({f"{path}.{name}": value for name, value in (trained or original).items()})
 
 
 def _taken(state, model: nn.Module, path: str, owner: str, layer: HybridAttentionMixin) -> tuple[dict, dict]:

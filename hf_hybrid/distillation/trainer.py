@@ -323,17 +323,6 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
                 f"swap_layers: heads are given for {extra[0]!r}, which is not among the layers. Add it."
             )
         set_linear_heads_(self.unwrapped, wanted)
-        self._note_switch()
-
-    def _note_switch(self):
-        """An adapter remembers which heads are linear while it is active."""
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if isinstance(model, PeftModel):
-            switched = linear_heads(self.unwrapped)
-            model.peft_config[model.active_adapter].linear_heads = {n: list(h) for n, h in switched.items()}
-            for name, layer in self.distill_sites.items():
-                wrapper = self.unwrapped.get_submodule(name)
-                wrapper.heads_of[model.active_adapter] = layer.linear_heads
 
     def swapped_layers(self) -> list[str]:
         """Names of the layers of which some heads are linear now."""

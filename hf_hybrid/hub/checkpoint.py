@@ -88,15 +88,16 @@ class CheckpointMixin:
         error, not a warning.
         """
         info, rest = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        adapters = list(getattr(model, "peft_config", {}))
         for what, keys in {"lacks": info.missing_keys, "has foreign": info.unexpected_keys}.items():
-            wrong = sorted(key for key in keys if ".hybrid_mixer." in key or ".hybrid_delta." in key)
+            # of the adapter that was added last; transformers reports the tensors of all others as missing
+            parts = [f".{kind}.{name}." for kind in ("hybrid_mixer", "hybrid_delta") for name in adapters[-1:]]
+            wrong = sorted(key for key in keys if any(part in key for part in parts))
             if wrong:
-                for name in list(getattr(model, "peft_config", {})):
-                    if any(f".{name}." in key for key in wrong):
-                        model.delete_adapter(name)
+                model.delete_adapter(adapters[-1])
                 raise CheckpointError(
-                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; "
-                    "save or download it again."
+                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; save or "
+                    "download it again."
                 )
         return info, rest
 

@@ -255,7 +255,8 @@ class LinearMixer(nn.Module, ABC):
                 mixers[heads] = build_mixer(self.config, **self.layer_sizes, **sizes, heads=heads)
         mixer = mixers[heads]
         mixer.ablated = self.ablated
-        return mixer, {name: self._rows(name, value, heads) for name, value in self.named_parameters()}
+        rows = {name: self._rows(name, value, heads) for name, value in self.named_parameters()}
+        return mixer, {**rows, **dict(self.named_buffers())}  # buffers are for all heads alike
 
     def _rows(self, name: str, parameter: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
         matching = [layout for pattern, layout in self.head_layouts.items() if fnmatch.fnmatchcase(name, pattern)]
@@ -291,19 +292,17 @@ class LinearMixer(nn.Module, ABC):
         heads = tuple(heads)
         if heads == self.heads:
             return copy.deepcopy(self)
-        empty, parameters = self._over(heads)
-        mixer = (
-            copy.deepcopy(empty).to_empty(device=next(iter(parameters.values())).device)
-            if parameters
-            else copy.deepcopy(empty)
-        )
-        with torch.no_grad():
-            for name, value in parameters.items():
-                owner, _, attribute = name.rpartition(".")
-                trains = self.get_parameter(name).requires_grad
-                setattr(
-                    mixer.get_submodule(owner), attribute, nn.Parameter(value.detach().clone(), requires_grad=trains)
-                )
+        empty, tensors = self._over(heads)
+        mixer = copy.deepcopy(empty)
+        if tensors:
+            mixer.to_empty(device=next(iter(tensors.values())).device)
+        buffers = dict(self.named_buffers())
+        for name, value in tensors.items():
+            owner, _, attribute = name.rpartition(".")
+            own = value.detach().clone()
+            if name not in buffers:
+                own = nn.Parameter(own, requires_grad=self.get_parameter(name).requires_grad)
+            setattr(mixer.get_submodule(owner), attribute, own)
         return mixer.train(self.training)
 
     def state_bytes(self, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> int:

@@ -1,6 +1,6 @@
 """The switch: which key-value heads run through their mixers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,8 +29,18 @@ def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] 
         HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
     """
     layers = hybrid_layers(model)
+    hybrid = next((part for part in model.modules() if isinstance(part, HybridModelMixin)), None)
     wanted: dict[str, tuple[int, ...]] = {}
+    if not isinstance(heads, Mapping):
+        raise HybridConfigError(
+            f"set_linear_heads_: heads must be a dict of heads by layer; got {heads!r}. Use None for all."
+        )
     for name, some in heads.items():
+        if some is not None and (isinstance(some, str) or not isinstance(some, Iterable)):
+            raise HybridConfigError(
+                f"set_linear_heads_: heads of {name!r} must be a list of key-value heads, or None for all; got "
+                f"{some!r}."
+            )
         if name not in layers:
             raise HybridConfigError(
                 f"set_linear_heads_: {name!r} has no mixer; {len(layers)} layers have.{closest(str(name), layers)} "
@@ -41,8 +51,18 @@ def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] 
         if 0 < len(wanted[name]) < layers[name].hybrid_site.num_key_value_heads:
             _check_divisible(name, layers[name], wanted[name])
     for name, layer in layers.items():
+        finished = hybrid is not None and hybrid.projections != "shared" and layer.hybrid_delta is None
+        if finished and wanted.get(name, ()) != layer.hybrid.heads:
+            raise HybridConfigError(
+                f"set_linear_heads_: the projections of {name} were trained with its mixer "
+                f"(projections={hybrid.projections!r}), so that "
+                "its softmax is not the teacher's any more. Keep all of its heads linear, or load the base model."
+            )
+    for name, layer in layers.items():
         layer.linear_heads = wanted.get(name, ())
-    hybrid = next((part for part in model.modules() if isinstance(part, HybridModelMixin)), None)
+    for part in model.modules():
+        if hasattr(type(part), "remember_switch"):  # the wrapper of an adapter
+            part.remember_switch()
     if hybrid is not None:
         hybrid.refresh_hybrid_config()
 

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_hybrid import HybridPeftConfig, convert_to_hybrid, load_mixer_bank, save_mixer_bank
 from hf_hybrid.conversion.layer import hybrid_layers
-from hf_hybrid.errors import CheckpointError, HybridConfigError, UnsupportedModelError
-from hf_hybrid.surgery import linear_heads, prepare_distillation_
+from hf_hybrid.errors import AlreadyHybridError, CheckpointError, HybridConfigError, UnsupportedModelError
+from hf_hybrid.surgery import linear_heads, prepare_distillation_, set_linear_heads_
 
 from conftest import token_dataset
 from helpers import SMALL_MIXER, toy_trainer
-from tiny_models import tiny_model
+from tiny_models import tiny_llava, tiny_model
 
 
 IDS = torch.randint(5, 99, (2, 15), generator=torch.Generator().manual_seed(3))
@@ -178,8 +178,6 @@ def test_a_bank_of_the_trainer_is_an_adapter(base, tmp_path):
     save_mixer_bank(model, tmp_path)
     loaded = PeftModel.from_pretrained(load(base), tmp_path)
     model.eval()
-    from hf_hybrid.surgery import set_linear_heads_
-
     set_linear_heads_(model, dict.fromkeys(hybrid_layers(model)))
     assert torch.equal(logits(loaded), logits(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -265,3 +263,96 @@ def test_a_teacher_that_carries_an_adapter_is_refused(base):
     for start in (lambda m: convert_to_hybrid(m, SMALL_MIXER), lambda m: prepare_distillation_(m, SMALL_MIXER)):
         with pytest.raises(UnsupportedModelError, match="carries an adapter"):
             start(lora.get_base_model())
+
+
+def test_a_bank_of_two_kinds_of_layers_loads(tmp_path):
+    """Vision towers and encoders are bidirectional: they take part of the mixer's settings only."""
+    bank = perturb(prepare_distillation_(tiny_llava(), SMALL_MIXER))
+    save_mixer_bank(bank, tmp_path)
+    loaded = load_mixer_bank(tiny_llava(), tmp_path)
+    for name, layer in hybrid_layers(loaded).items():
+        assert layer.hybrid_config == hybrid_layers(bank)[name].hybrid_config
+
+
+def test_two_adapters_by_load_adapter(base, tmp_path):
+    adapted(base).save_pretrained(tmp_path / "a")
+    adapted(base, layers=[1]).save_pretrained(tmp_path / "b")
+    model = load(base)
+    model.load_adapter(str(tmp_path / "a"), adapter_name="a")
+    first = logits(model.eval())
+    model.load_adapter(str(tmp_path / "b"), adapter_name="b")
+    model.set_adapter("a")
+    assert torch.equal(logits(model), first)
+
+
+def test_only_a_bare_base_takes_an_adapter_of_mixers(base):
+    with pytest.raises(AlreadyHybridError, match="is converted already. Call restore_full_attention"):
+        get_peft_model(convert_to_hybrid(load(base), SMALL_MIXER, [0]), HybridPeftConfig(layers=[1]))
+    lora = get_peft_model(load(base), LoraConfig()).get_base_model()
+    with pytest.raises(UnsupportedModelError, match="carries another adapter"):
+        get_peft_model(lora, HybridPeftConfig())
+
+
+def test_a_classifiers_head_is_unwrapped(tmp_path):
+    from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(tiny_model().config)
+    adapter = get_peft_model(model, HybridPeftConfig(mixer=SMALL_MIXER, task_type="SEQ_CLS"))
+    adapter.get_base_model().save_pretrained(tmp_path / "inside")
+    expected = logits(adapter.eval())
+    adapter.merge_and_unload().save_pretrained(tmp_path / "merged")
+    for folder in ("inside", "merged"):
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+        assert torch.equal(logits(loaded.eval()), expected)
+
+
+def test_projections_are_those_of_the_active_adapter(base):
+    model = adapted(base, projections="low_rank", projection_rank=2)
+    model.add_adapter("other", HybridPeftConfig(mixer="sliding_window"))
+    assert model.get_base_model().projections == "low_rank"
+    model.set_adapter("other")
+    assert model.get_base_model().projections == "shared"
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    hybrid = model.merge_and_unload()
+    assert hybrid.projections == "low_rank"
+    with pytest.raises(HybridConfigError, match="were trained with its mixer"):
+        set_linear_heads_(hybrid, {})
+
+
+def test_a_half_precision_base_keeps_fp32_mixers_however_it_is_loaded(base, tmp_path):
+    model = get_peft_model(load(base).bfloat16(), HybridPeftConfig(mixer=SMALL_MIXER, task_type="CAUSAL_LM"))
+    perturb(model).eval().save_pretrained(tmp_path)
+    expected = logits(model)
+    by_hand = load(base).bfloat16()
+    by_hand.load_adapter(str(tmp_path))
+    for loaded in (PeftModel.from_pretrained(load(base).bfloat16(), tmp_path), by_hand):
+        assert {p.dtype for n, p in loaded.named_parameters() if ".hybrid_" in n} == {torch.float32}
+        assert torch.equal(logits(loaded.eval()), expected)
+
+
+def test_a_switch_set_by_hand_is_remembered(base, tmp_path):
+    model = adapted(base)
+    set_linear_heads_(model.get_base_model(), {NAME: [0]})
+    expected = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(load(base)))
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path)), expected)
+
+
+def test_a_refused_model_is_looked_at_again(base, tmp_path):
+    adapted(base).save_pretrained(tmp_path)
+    model = tiny_model(seed=5)
+    with pytest.raises(CheckpointError, match="are others"):
+        PeftModel.from_pretrained(model, tmp_path)
+    model.load_state_dict(load(base).state_dict())
+    PeftModel.from_pretrained(model, tmp_path)
+
+
+def test_settings_of_an_adapter_are_checked_when_it_is_made(base):
+    config = HybridPeftConfig(heads={NAME: range(1)})
+    assert config.heads == {NAME: [0]}
+    with pytest.raises(HybridConfigError, match="layers must be names or indices"):
+        HybridPeftConfig(layers=lambda site: True)

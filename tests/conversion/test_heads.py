@@ -304,3 +304,37 @@ def test_gradients_reach_kept_and_linear_heads():
     model.train()
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_layers_with_different_heads_compile_also_with_a_graph_break():
+    model = perturb_mixers(convert_to_hybrid(tiny_model(), SMALL_MIXER))
+    names = list(hybrid_layers(model))
+    set_linear_heads_(model, {names[1]: [0], names[2]: [1]})
+    positions = torch.cat([torch.arange(8), torch.arange(11)])[None].expand(2, -1)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        for kwargs in ({}, {"position_ids": positions}):
+            assert_close(
+                "compiled",
+                compiled(IDS, use_cache=False, **kwargs).logits,
+                model(IDS, use_cache=False, **kwargs).logits,
+                1e-5,
+            )
+
+
+@torch.no_grad()
+def test_a_static_cache_that_was_allocated_early():
+    model, heads = converted("llama", "one")
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(IDS, **settings)
+    chunked = model.generate(IDS, prefill_chunk_size=4, cache_implementation="static", disable_compile=True, **settings)
+    assert torch.equal(chunked, expected)
+
+
+def test_heads_of_the_switch_that_are_no_lists():
+    model = convert_to_hybrid(tiny_model(), SMALL_MIXER)
+    with pytest.raises(HybridConfigError, match="must be a list of key-value heads, or None for all; got 0"):
+        set_linear_heads_(model, {"model.layers.1.self_attn": 0})
+    with pytest.raises(HybridConfigError, match="heads must be a dict of heads by layer"):
+        set_linear_heads_(model, ["model.layers.1.self_attn"])

@@ -164,3 +164,15 @@ def test_gates_are_exact_in_the_middle_of_a_padded_batch():
         with torch.no_grad():
             actual = model(IDS, attention_mask=mask).logits[1, 4:]
             assert_close(mixer.name, actual, model(IDS[1:, 4:]).logits[0], 2e-5)
+
+
+@pytest.mark.parametrize("name", ["linear_attention-elu", "gla", "kimi_delta", "linear_attention-dpfp"])
+@torch.no_grad()
+def test_left_padding_without_positions_under_a_compiler(name):
+    model = hybrid(MIXERS[name])
+    padded = torch.cat([torch.full((2, 5), 7), IDS], 1)
+    mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), torch.ones_like(IDS)], 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    actual = compiled(padded, attention_mask=mask, use_cache=False).logits[:, 5:]
+    assert_close(name, actual, model(IDS, use_cache=False).logits, 2e-5)

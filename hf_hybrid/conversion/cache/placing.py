@@ -87,7 +87,9 @@ def linear_cache_layer(
     shared = type(current) in SHARED_LAYERS
     host_states = current.number_of_states if shared else 0
     if split is not None:
-        layer = HybridHeadsLayer(_without_host_states(current) if shared else current, split, host_states)
+        # one that was allocated early has room for all heads
+        fresh = shared or (hasattr(current, "max_cache_len") and current.is_initialized)
+        layer = HybridHeadsLayer(_without_host_states(current) if fresh else current, split, host_states)
     elif hasattr(current, "max_cache_len"):
         layer = StaticHybridLinearLayer(current, host_states)
     else:
