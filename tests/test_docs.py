@@ -116,3 +116,14 @@ def test_links_between_pages_exist():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} -> {target}"
+
+
+def test_paths_that_pages_name_exist():
+    pages = [ROOT / "CONTRIBUTING.md", ROOT / "docs/explanation/design.md", ROOT / "README.md"]
+    for page in pages:
+        for path in re.findall(
+            r"`((?:hf_hybrid|conversion|mixers|ops|distillation|search|adapters|evaluation|hub|cli|surgery|objectives|tests|docs|benchmarks|examples)/[\w/.]*)`",
+            page.read_text(),
+        ):
+            found = [(folder / path).exists() for folder in (ROOT, ROOT / "hf_hybrid", ROOT / "benchmarks")]
+            assert any(found) or "<" in path, f"{page.name} names {path}"

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_hybrid import LinearSite
 from ..conversion.layer import hybrid_layers
-from ..errors import AlreadyHybridError, CheckpointError, HybridError
+from ..errors import AlreadyHybridError, CheckpointError, HybridError, OutputFolderError
 from ..modeling_hybrid import describe
 from ..surgery import discard_students_, linear_heads, prepare_distillation_
 from . import first_format
@@ -105,6 +105,11 @@ def write_adapter(folder: str | os.PathLike, config: HybridPeftConfig, tensors: 
     """
     Write `adapter_config.json` and `adapter_model.safetensors`, both or neither: the config goes first and comes last.
     """
+    if os.path.exists(os.path.join(folder, "config.json")):
+        raise OutputFolderError(
+            f"{str(folder)!r} holds a model, on top of which from_pretrained would load the mixers. Choose another "
+            "folder."
+        )
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         config.save_pretrained(temporary)

@@ -85,6 +85,8 @@ class HybridTunerLayer(nn.Module, BaseTunerLayer):
             )
         layer = self.base_layer
         layer.linear_heads, layer.__dict__["hybrid_delta"] = (), None
+        if is_hybrid_attention(layer) and not active:
+            layer.__dict__.pop("hybrid", None)  # no adapter that is active has a mixer here
         if not is_hybrid_attention(layer) or not active:
             return
         put_mixer_(layer, self.hybrid_mixer[active[0]], register=False)

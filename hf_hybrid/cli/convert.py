@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..adapters.bank import load_mixer_bank
 from ..conversion.sites import select_heads
 from ..distillation.arguments import parse_layers
-from ..errors import OutputFolderError
+from ..errors import HybridConfigError, OutputFolderError
 from ..modeling_hybrid import describe
 from ..surgery import convert_to_hybrid, finalize_, find_attention_sites, hybrid_layers, set_linear_heads_
 from .options import MixerArguments, ModelArguments, json_object
@@ -42,6 +42,11 @@ def run(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments)
     heads = None if options.heads is None else json_object("--heads", options.heads)
     loaded, tokenizer = model.load(), model.tokenizer()
     if options.mixer_bank:
+        given = [name for name, value in vars(mixer).items() if value != getattr(MixerArguments, name, None)]
+        if given:
+            raise HybridConfigError(
+                f"--mixer_bank names its mixer, so that --{given[0]} would be ignored. Leave it out, or leave the bank out."
+            )
         _use_bank(loaded, options.mixer_bank, layers, heads)
     else:
         convert_to_hybrid(loaded, mixer.config(), layers, heads=heads)

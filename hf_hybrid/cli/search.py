@@ -59,7 +59,9 @@ def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArgument
     report = callback.search(trainer)
     trainer.save_model()
     trainer.create_model_card()
-    last = report.commits[-1].metrics[report.metric] if report.commits else report.base
+    swapped = sorted(trainer.swapped_layers())
+    reached = (trial.metrics[report.metric] for trial in report.commits if sorted(trial.swapped) == swapped)
+    last = next(reached, report.base)
     Console().print(
         f"Swapped {len(trainer.swapped_layers())} of {len(trainer.distill_sites)} layers, "
         f"{report.metric} {report.base:.4g} -> {last:.4g} (floor {report.floor:.4g}, {len(report.trials)} trials); "

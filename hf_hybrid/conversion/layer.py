@@ -202,12 +202,12 @@ def is_hybrid_attention(module: nn.Module) -> bool:
 
 def hybrid_layers(model: nn.Module) -> dict[str, HybridAttentionMixin]:
     """
-    The converted layers of a model by the name of their site, in the model's order. PEFT's wrappers are not part of
-    names.
+    The layers of a model that have a mixer, by the name of their site, in the model's order. PEFT's wrappers are not
+    part of names; a layer of which no active adapter has a mixer is left out.
     """
     found: dict[str, HybridAttentionMixin] = {}
     for name, module in model.named_modules():
-        if is_hybrid_attention(module):
+        if is_hybrid_attention(module) and hasattr(module, "hybrid"):
             found[site_name(name)] = module
     return found
 

@@ -25,9 +25,10 @@ def published_sites(model: nn.Module) -> dict[str, LinearSite]:
 
 def is_published(path: str, layer: HybridAttentionMixin, dtype: torch.dtype) -> bool:
     """Whether the layer holds what a checkpoint would hold of it, and nothing else."""
+    if "hybrid" not in layer._modules or path.endswith(WRAPPED):
+        return False
     same_type = all(parameter.dtype == dtype for parameter in layer.hybrid.parameters())
-    own_mixer = "hybrid" in layer._modules and not path.endswith(WRAPPED)
-    return own_mixer and layer.linear_heads == layer.hybrid.heads and layer.hybrid_delta is None and same_type
+    return layer.linear_heads == layer.hybrid.heads and layer.hybrid_delta is None and same_type
 
 
 def published_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
@@ -89,7 +90,7 @@ def _taken(state, model: nn.Module, path: str, owner: str, layer: HybridAttentio
     if owner == path:
         return _take(state, f"{path}.hybrid."), _take(state, f"{path}.hybrid_delta.")
     held = model.get_submodule(owner).hybrid_mixer
-    active = next((name for name, mixer in held.items() if mixer is layer.hybrid), "")
+    active = next((name for name, mixer in held.items() if mixer is getattr(layer, "hybrid", None)), "")
     mixers, deltas = _take(state, f"{owner}.hybrid_mixer."), _take(state, f"{owner}.hybrid_delta.")
     return _take(mixers, f"{active}."), _take(deltas, f"{active}.")
 

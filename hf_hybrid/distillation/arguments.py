@@ -103,6 +103,7 @@ class HybridTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.projections == "full" and self.projection_learning_rate is None:
             self.projection_learning_rate = 1e-4
+        self.layers = str(self.layers) if isinstance(self.layers, int) else self.layers
         if self.layers is not None and not isinstance(self.layers, str):  # the fields are JSON and command-line values
             self.layers = ",".join(str(layer) for layer in self.layers)
         if self.max_length < 2:

@@ -113,7 +113,7 @@ def last_complete_checkpoint(folder: str) -> str | None:
     """
     The newest checkpoint of `folder` that was written to its end, or `None`. The Trainer writes a checkpoint's state
     last and removes older checkpoints only afterwards: a kill while saving leaves one without a readable state, and a
-    complete one before it.
+    complete one before it. (`get_last_checkpoint` of transformers takes the highest number, complete or not.)
     """
     if not os.path.isdir(folder):
         return None

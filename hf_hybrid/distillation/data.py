@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from ..errors import DatasetError
 
 
-CHAT_FIELD, LABEL_FIELDS = "messages", ("labels", "label")
+CHAT_FIELD, LABEL_FIELDS = "messages", ("labels", "label", "label_ids")
 # a row with one of these is for a collator that knows it: packing its text would drop the picture or sound
 MEDIA_FIELDS = {
     *["image", "images", "pixel_values", "video", "videos", "audio", "audios", "input_features", "input_values"]
@@ -103,6 +103,8 @@ def prepare_dataset(
 
 def _prepare(dataset, name: str, *settings):
     if isinstance(dataset, dict):
+        if settings[5]:
+            raise DatasetError(f"{name} must be one dataset; got a dict of {', '.join(dataset)}. Pass one of them.")
         return {key: _prepare(part, f"{name}[{key!r}]", *settings) for key, part in dataset.items()}
     processing_class, model_config, text_field, max_length, seed, is_training, model_class = settings
     columns = _column_names(dataset, name)
@@ -116,6 +118,13 @@ def _prepare(dataset, name: str, *settings):
         )
     label = next((column for column in LABEL_FIELDS if column in columns), None)
     kind = _model_kind(model_config, model_class)
+    others = sorted(columns - {field, *LABEL_FIELDS})
+    if kind == "other" and not is_training and others and (label is None or any("text" in name for name in others)):
+        raise DatasetError(
+            f"{name} has columns beside {field!r} that would be dropped: {', '.join(others)}. Name the label column "
+            "'label', or "
+            "pass rows that are tokenised already (input_ids)."
+        )
     return _prepare_text(dataset, name, field, label, kind, tokenizer, max_length, seed, is_training)
 
 

@@ -49,6 +49,13 @@ class Resumes:
         except (OSError, ValueError, TypeError):
             return False
         finished = 0 < state.max_steps <= state.global_step
+        if finished and self.args.max_steps > state.global_step:
+            raise OutputFolderError(
+                f"output_dir={self.args.output_dir!r} holds a run that was finished at step {state.global_step} and "
+                "kept no checkpoints; got "
+                f"max_steps={self.args.max_steps}. Choose another folder and pass mixer_bank={self._bank_folder!r} to "
+                "train on."
+            )
         return finished and os.path.exists(os.path.join(self._bank_folder, ADAPTER_CONFIG))
 
     def _go_on_with_the_search(self) -> TrainOutput:

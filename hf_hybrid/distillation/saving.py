@@ -1,4 +1,6 @@
-"""What a distillation leaves on disk: mixers as an adapter (checkpoints, the bank), and the hybrid as the switch stands."""
+"""
+What a distillation leaves on disk: mixers as an adapter (checkpoints, the bank), and the hybrid as the switch stands.
+"""
 
 import os
 
@@ -44,7 +46,11 @@ class SavesMixers:
         folder = output_dir or self._bank_folder
         tensors = student_state(self.unwrapped)  # gathered from all ranks where it is sharded
         if self.args.should_save:
-            write_adapter(folder, adapter_config(self.unwrapped), tensors)
+            config = adapter_config(self.unwrapped)
+            if self.swap_report is not None and config.linear_heads is None:
+                # a search left every layer as it was; without one, all that have a mixer are meant
+                config.linear_heads = {}
+            write_adapter(folder, config, tensors)
             if self.state.global_step:  # a run that kept no checkpoints goes on from here
                 self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
@@ -165,7 +171,8 @@ class SavesMixers:
                 "projections of that run, or another folder."
             )
         load_student_state(model, tensors, str(folder))
-        set_linear_heads_(model, {name: heads for name, heads in (config.linear_heads or {}).items() if name in sites})
+        switched = {name: heads for name, heads in (config.linear_heads or {}).items() if name in sites}
+        set_linear_heads_(model, switched, remember=False)
 
     def create_model_card(self, *args, **kwargs):
         """

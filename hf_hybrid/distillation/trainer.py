@@ -19,11 +19,12 @@ from ..errors import (
 )
 from ..mixers import MixerConfig
 from ..modeling_hybrid import HybridModelMixin
-from ..objectives.local import LocalDistillation, start_distillation_
+from ..objectives.local import LocalDistillation, start_distillation_, stop_distillation_
 from ..search.greedy import SwapReport
 from ..search.ranks import from_rank_zero
 from ..surgery import (
     discard_students_,
+    is_of_students,
     linear_heads,
     prepare_distillation_,
     set_linear_heads_,
@@ -110,12 +111,12 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", **self._data_settings, is_training=False)
         if data_collator is None:
             check_padding(processing_class, train_dataset, eval_dataset)
-        brought = bool(hybrid_layers(base))
+        brought, before = bool(hybrid_layers(base)), (linear_heads(base), getattr(base, "training_objective", None))
         # the Trainer turns caching off in the config for as long as it trains; a checkpoint says what the teacher said
         self._teacher_use_cache = getattr(base.config, "use_cache", None)
         try:
             _put_mixers(base, mixer, mixer_bank, args)
-            set_linear_heads_(base, {})
+            set_linear_heads_(base, {}, remember=False)
             objective = start_distillation_(
                 base, recompute=bool(args.activation_checkpointing), window_dropout=args.window_dropout
             )
@@ -130,8 +131,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
             )
             check_optimizer(self.optimizer, self.model)
         except BaseException:
-            if not brought and isinstance(base, HybridModelMixin):  # the caller's model as it came
-                discard_students_(base)
+            _put_back(base, brought, *before)
             raise
         self.objective: LocalDistillation = objective
         self.model_accepts_loss_kwargs = False
@@ -306,6 +306,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
         Raises:
             HybridConfigError: If a layer or head has no mixer.
         """
+        layers = [layers] if isinstance(layers, int | str) else layers
         names = list(self.distill_sites)
         in_range = range(-len(names), len(names))
 
@@ -316,6 +317,8 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
             return name
 
         some = {name_of(layer): chosen for layer, chosen in (heads or {}).items()}
+        if len(some) < len(heads or {}):
+            raise HybridConfigError(f"swap_layers: heads name a layer twice; got {heads!r}. Name each layer once.")
         wanted = some if layers is None else {name: some.get(name) for name in map(name_of, layers)}
         extra = [name for name in some if name not in wanted]
         if extra:
@@ -375,6 +378,18 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
                 callback.set_trainer(self)
 
 
+def _put_back(model: PreTrainedModel, brought: bool, heads: dict, objective: LocalDistillation | None) -> None:
+    """After an error: the caller's model as it came."""
+    if not isinstance(model, HybridModelMixin):
+        return
+    if not brought:
+        discard_students_(model)
+        return
+    if objective is None:
+        stop_distillation_(model)
+    set_linear_heads_(model, heads, remember=False)
+
+
 def _put_mixers(model: PreTrainedModel, mixer, mixer_bank: str | None, args: HybridTrainingArguments) -> None:
     """Those of a bank, or fresh ones, unless the model brings its own."""
     if mixer_bank is not None:
@@ -388,3 +403,8 @@ def _put_mixers(model: PreTrainedModel, mixer, mixer_bank: str | None, args: Hyb
             rank=args.projection_rank,
             initialization=args.initializations,
         )
+    elif getattr(model, "peft_config", None) is None:  # of a conversion: trained as fresh ones are, in fp32, and alone
+        for layer in hybrid_layers(model).values():
+            layer.hybrid.float()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_of_students(name))

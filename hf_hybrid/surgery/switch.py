@@ -15,7 +15,9 @@ def linear_heads(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: layer.linear_heads for name, layer in hybrid_layers(model).items() if layer.linear_heads}
 
 
-def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] | None]) -> None:
+def set_linear_heads_(
+    model: PreTrainedModel, heads: Mapping[str, Sequence[int] | None], *, remember: bool = True
+) -> None:
     """
     Set the switch of a hybrid, in place: exactly these key-value heads run through their mixers, all others through the
     softmax.
@@ -24,6 +26,7 @@ def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] 
         model (`PreTrainedModel`): With mixers: converted, in distillation, or with an adapter.
         heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their
             softmax.
+        remember (`bool`, *optional*, defaults to `True`): Whether an active adapter keeps this switch, also in its file.
 
     Raises:
         HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
@@ -60,7 +63,7 @@ def set_linear_heads_(model: PreTrainedModel, heads: Mapping[str, Sequence[int] 
             )
     for name, layer in layers.items():
         layer.linear_heads = wanted.get(name, ())
-    for part in model.modules():
+    for part in model.modules() if remember else ():
         if hasattr(type(part), "remember_switch"):  # the wrapper of an adapter
             part.remember_switch()
     if hybrid is not None:

@@ -122,6 +122,23 @@ def test_several_adapters_take_turns(base, tmp_path):
     assert torch.equal(logits(model), first)
 
 
+def test_an_adapter_over_fewer_layers_is_trained_searched_and_saved_alone(base, tmp_path):
+    from hf_hybrid import GreedyLayerSwapCallback
+
+    model = get_peft_model(load(base), HybridPeftConfig(mixer=SMALL_MIXER))
+    model.add_adapter("b", HybridPeftConfig(mixer=SMALL_MIXER, layers=[1]))
+    model.set_adapter("b")
+    callback = GreedyLayerSwapCallback("eval_loss", "90%")
+    trainer = toy_trainer(tmp_path / "run", model=model, mixer=None, callbacks=[callback])
+    assert list(trainer.distill_sites) == [NAME]
+    trainer.train()
+    assert trainer.swapped_layers() == [NAME]
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "saved")
+    again = PeftModel.from_pretrained(load(base), tmp_path / "saved" / "b")
+    assert torch.equal(logits(again), expected)
+
+
 def test_generation_with_a_cache_and_saving_the_hybrid_inside(base, tmp_path):
     model = adapted(base, **CASES["heads"])
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -1,12 +1,12 @@
-"""Guards and small promises of the trainer that no test noticed when they were taken out (K7), and texts given to evaluation (K3)."""
+"""Guards and small promises of the trainer that no test noticed when they were taken out, and texts given to evaluation."""
 
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from hf_hybrid import HybridTrainer, HybridTrainingArguments
-from hf_hybrid.errors import DatasetError, HybridConfigError
-from hf_hybrid.surgery import discard_students_, prepare_distillation_
+from hf_hybrid import GreedyLayerSwapCallback, HybridTrainer, HybridTrainingArguments, convert_to_hybrid
+from hf_hybrid.errors import DatasetError, HybridConfigError, OutputFolderError
+from hf_hybrid.surgery import discard_students_, linear_heads, prepare_distillation_
 
 from conftest import token_dataset
 from helpers import SMALL_MIXER, toy_arguments, toy_trainer
@@ -130,3 +130,67 @@ def test_heads_are_swapped_by_the_trainer(tmp_path):
     low_rank = toy_trainer(tmp_path / "b", arguments={"projections": "low_rank"})
     with pytest.raises(HybridConfigError, match="has trained projections, which belong to the whole layer"):
         low_rank.swap_layers([0], heads={0: [1]})
+
+
+def test_a_finished_distillation_takes_no_step_more(tmp_path):
+    settings = {"max_steps": 3, "save_steps": 3, "lr_scheduler_type": "constant"}
+    first = toy_trainer(tmp_path, arguments=settings)
+    first.train()
+    again = toy_trainer(tmp_path, arguments=settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    for name, layer in again.distill_sites.items():
+        for own, other in zip(layer.hybrid.parameters(), first.distill_sites[name].hybrid.parameters(), strict=True):
+            assert torch.equal(own, other)
+
+
+def test_a_run_without_checkpoints_is_not_trained_on(tmp_path):
+    settings = {"save_strategy": "no"}
+    toy_trainer(tmp_path, arguments=settings, callbacks=[GreedyLayerSwapCallback("eval_loss", "50%")]).train()
+    with pytest.raises(OutputFolderError, match="was finished at step 4 and kept no checkpoints; got max_steps=8"):
+        toy_trainer(tmp_path, arguments={**settings, "max_steps": 8}).train(resume_from_checkpoint=True)
+
+
+def test_going_on_with_a_conversion_trains_its_mixers_in_fp32_and_nothing_else(tmp_path):
+    model = convert_to_hybrid(tiny_model().bfloat16(), SMALL_MIXER, layers=[0])
+    trainer = toy_trainer(tmp_path, mixer=None, model=model)
+    trained = {name: p.dtype for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained and all(".hybrid." in name for name in trained) and set(trained.values()) == {torch.float32}
+
+
+def test_a_constructor_that_fails_leaves_a_hybrid_as_it_was(tmp_path):
+    model = convert_to_hybrid(tiny_model(), SMALL_MIXER, layers=[0])
+    before = linear_heads(model)
+    with pytest.raises(TypeError):
+        toy_trainer(tmp_path, mixer=None, model=model, nonsense=1)
+    assert linear_heads(model) == before and model.training_objective is None
+
+
+def test_a_bank_is_not_put_beside_a_model(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(OutputFolderError, match="holds a model, on top of which from_pretrained would load the mixers"):
+        toy_trainer(tmp_path / "run").save_mixer_bank(tmp_path / "model")
+
+
+def test_columns_that_would_be_dropped_are_named(tokenizer, tmp_path):
+    import transformers
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**small, vocab_size=99))
+    for columns in ({"sentiment": [0, 1]}, {"label": [0, 1], "text_pair": ["w1", "w2"]}):
+        rows = Dataset.from_dict({"text": ["w1", "w2"], **columns})
+        with pytest.raises(DatasetError, match="has columns beside 'text' that would be dropped"):
+            HybridTrainer(
+                model, "linear_attention", toy_arguments(tmp_path), eval_dataset=rows, processing_class=tokenizer
+            )
+    with pytest.raises(DatasetError, match="train_dataset must be one dataset; got a dict of a"):
+        toy_trainer(tmp_path, train_dataset={"a": token_dataset(4)})
+
+
+def test_a_layer_named_twice_and_single_layers(tmp_path):
+    trainer = toy_trainer(tmp_path, arguments={"layers": 1})
+    name = "model.layers.1.self_attn"
+    trainer.swap_layers(name)
+    assert trainer.swapped_layers() == [name]
+    with pytest.raises(HybridConfigError, match="heads name a layer twice"):
+        trainer.swap_layers([0], heads={0: [0], name: [1]})

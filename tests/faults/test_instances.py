@@ -1,4 +1,4 @@
-"""What lives on the instance, or is keyed by class, survives that a model becomes a hybrid (K2), and Trainer arguments mean what they say (K3)."""
+"""What lives on the instance, or is keyed by class, survives that a model becomes a hybrid, and Trainer arguments mean what they say."""
 
 import types
 
@@ -118,9 +118,6 @@ def test_label_smoothing_scores_the_next_token(tmp_path):
     arguments = TrainingArguments(str(tmp_path / "b"), label_smoothing_factor=0.1, report_to=[], use_cpu=True)
     theirs = Trainer(tiny_model(), arguments, eval_dataset=ours.eval_dataset)
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-6)
-
-
-# ------------------------------------------------------------------------------------------------------------------ K3
 
 
 def test_an_optimizer_without_mixers_is_refused_and_the_model_comes_back(tmp_path):

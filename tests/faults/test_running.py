@@ -1,4 +1,4 @@
-"""Short cuts under a compiler, padding without positions, caches of other modes, offload after conversion (K5)."""
+"""Short cuts under a compiler, padding without positions, caches of other modes, offload after conversion."""
 
 import accelerate
 import pytest

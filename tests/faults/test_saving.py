@@ -1,4 +1,4 @@
-"""A save removes nothing that it did not write, and writes what the model is (K1)."""
+"""A save removes nothing that it did not write, and writes what the model is."""
 
 import json
 import logging
