@@ -440,7 +440,7 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda c: c["hybrid"].update(schema_version=2), CheckpointError, "schema_version` must be 1; got 2"),
+        (lambda c: c["hybrid"].update(schema_version=3), CheckpointError, "schema_version` must be 2 or less; got 3"),
         (lambda c: c.pop("hybrid"), CheckpointError, "has no `base_model_type` and `hybrid` entries"),
         (lambda c: c.update(hybrid={}), CheckpointError, "`hybrid` must be an object with a schema_version"),
         (lambda c: c.update(base_model_type="llamma"), CheckpointError, "base_model_type 'llamma' is unknown"),

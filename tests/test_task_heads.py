@@ -122,6 +122,8 @@ def test_distil_search_save_load_and_run(task, tmp_path):
 
     hybrid.save_pretrained(tmp_path / "hybrid")
     loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "hybrid")
+    for parameter in loaded.parameters():  # in memory of its own: alignment in a mapped file changes the order of sums
+        parameter.data = parameter.data.clone()
     assert type(loaded) is type(hybrid) and sorted(loaded.config.hybrid_sites()) == sorted(swapped)
     assert torch.equal(logits(loaded), logits(hybrid))
     if pipeline is None:

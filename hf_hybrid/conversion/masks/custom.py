@@ -152,7 +152,8 @@ def tell_of_masks(model: nn.Module, args: tuple, kwargs: dict, layers: Callable[
     backward pass.
     """
     told = model.__dict__.get("_hybrid_told_of_masks", (False, False))
-    positions = kwargs.get("position_ids") is not None
+    # (with a cache, hosts do not take positions for those of packed rows either)
+    positions = kwargs.get("position_ids") is not None and kwargs.get("past_key_values") is None
     shapes = set() if torch.compiler.is_compiling() else _given_masks(args, kwargs)
     if told == (bool(shapes), positions) and not shapes:
         return
