@@ -21,7 +21,7 @@ demo-quick: $(INSTALLED)
 	$(BIN)/hf-hybrid demo --quick --resume --output_dir smollm2-sentiment-hybrid-quick
 
 test: $(INSTALLED) quality
-	$(BIN)/python -m pytest -n 2 -m "not sweep"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not sweep"
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not sweep"
