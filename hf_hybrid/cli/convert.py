@@ -45,7 +45,8 @@ def run(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments)
         given = [name for name, value in vars(mixer).items() if value != getattr(MixerArguments, name, None)]
         if given:
             raise HybridConfigError(
-                f"--mixer_bank names its mixer, so that --{given[0]} would be ignored. Leave it out, or leave the bank out."
+                f"--mixer_bank names its mixer, so that --{given[0]} would be ignored. Leave it out, or leave the bank "
+                "out."
             )
         _use_bank(loaded, options.mixer_bank, layers, heads)
     else:

@@ -9,7 +9,6 @@ from transformers.utils import logging
 
 from ..adapters.bank import (
     adapter_config,
-    load_mixer_bank,
 )
 from ..conversion.layer import HybridAttentionMixin, hybrid_layers
 from ..errors import (
@@ -19,14 +18,11 @@ from ..errors import (
 )
 from ..mixers import MixerConfig
 from ..modeling_hybrid import HybridModelMixin
-from ..objectives.local import LocalDistillation, start_distillation_, stop_distillation_
+from ..objectives.local import LocalDistillation, start_distillation_
 from ..search.greedy import SwapReport
 from ..search.ranks import from_rank_zero
 from ..surgery import (
-    discard_students_,
-    is_of_students,
     linear_heads,
-    prepare_distillation_,
     set_linear_heads_,
 )
 from .arguments import HybridTrainingArguments
@@ -42,6 +38,7 @@ from .checks import (
 from .data import check_padding, prepare_dataset
 from .resuming import Resumes
 from .saving import SavesMixers
+from .students import put_back, put_mixers
 
 
 logger = logging.get_logger(__name__)
@@ -115,7 +112,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
         # the Trainer turns caching off in the config for as long as it trains; a checkpoint says what the teacher said
         self._teacher_use_cache = getattr(base.config, "use_cache", None)
         try:
-            _put_mixers(base, mixer, mixer_bank, args)
+            put_mixers(base, mixer, mixer_bank, args)
             set_linear_heads_(base, {}, remember=False)
             objective = start_distillation_(
                 base, recompute=bool(args.activation_checkpointing), window_dropout=args.window_dropout
@@ -131,7 +128,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
             )
             check_optimizer(self.optimizer, self.model)
         except BaseException:
-            _put_back(base, brought, *before)
+            put_back(base, brought, *before)
             raise
         self.objective: LocalDistillation = objective
         self.model_accepts_loss_kwargs = False
@@ -376,35 +373,3 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "set_trainer"):
                 callback.set_trainer(self)
-
-
-def _put_back(model: PreTrainedModel, brought: bool, heads: dict, objective: LocalDistillation | None) -> None:
-    """After an error: the caller's model as it came."""
-    if not isinstance(model, HybridModelMixin):
-        return
-    if not brought:
-        discard_students_(model)
-        return
-    if objective is None:
-        stop_distillation_(model)
-    set_linear_heads_(model, heads, remember=False)
-
-
-def _put_mixers(model: PreTrainedModel, mixer, mixer_bank: str | None, args: HybridTrainingArguments) -> None:
-    """Those of a bank, or fresh ones, unless the model brings its own."""
-    if mixer_bank is not None:
-        load_mixer_bank(model, mixer_bank)
-    elif not hybrid_layers(model):
-        prepare_distillation_(
-            model,
-            mixer or "linear_attention",
-            args.selected_layers(),
-            projections=args.projections,
-            rank=args.projection_rank,
-            initialization=args.initializations,
-        )
-    elif getattr(model, "peft_config", None) is None:  # of a conversion: trained as fresh ones are, in fp32, and alone
-        for layer in hybrid_layers(model).values():
-            layer.hybrid.float()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_of_students(name))

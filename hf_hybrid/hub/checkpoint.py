@@ -96,7 +96,8 @@ class CheckpointMixin:
             if wrong:
                 model.delete_adapter(adapters[-1])
                 raise CheckpointError(
-                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; save or "
+                    f"The adapter {what} tensors: {len(wrong)}, the first {wrong[0]!r}. It was truncated or edited; "
+                    "save or "
                     "download it again."
                 )
         return info, rest

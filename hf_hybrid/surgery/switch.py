@@ -26,7 +26,8 @@ def set_linear_heads_(
         model (`PreTrainedModel`): With mixers: converted, in distillation, or with an adapter.
         heads (`dict`): Heads by layer; `None` for all that have a mixer. Layers that it does not name keep their
             softmax.
-        remember (`bool`, *optional*, defaults to `True`): Whether an active adapter keeps this switch, also in its file.
+        remember (`bool`, *optional*, defaults to `True`): Whether an active adapter keeps this switch, also in its
+            file.
 
     Raises:
         HybridConfigError: If a layer or a head has no mixer, or is named twice; nothing was changed.
