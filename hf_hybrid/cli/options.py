@@ -115,6 +115,10 @@ class MixerArguments:
     num_sink_tokens: int | None = field(
         default=None, metadata={"help": "First tokens attended for ever; the mixer's default if not given."}
     )
+    num_memory_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens beyond the window attended exactly, per head; the mixer's default if not given."},
+    )
     feature_map: str | None = field(default=None, metadata={"help": "Feature map; the mixer's default if not given."})
     mixer_config: str | None = field(
         default=None, metadata={"help": "Any other settings as JSON, e.g. '{\"output_gate\": false}'."}

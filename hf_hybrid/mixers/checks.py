@@ -47,9 +47,19 @@ def check_bool(where: str, name: str, value) -> None:
 
 def check_window(config, least: int = 0) -> None:
     """
-    Shared check of `window_size` and `num_sink_tokens`. Without a window there is nothing for sinks to stand beside.
+    Shared check of `window_size`, `num_sink_tokens`, `num_memory_tokens` and `memory_block_size`. Without a window
+    there is nothing for sinks and a memory to stand beside.
     """
     check_int(config.name, "window_size", config.window_size, least)
     check_int(config.name, "num_sink_tokens", config.num_sink_tokens, 0)
+    check_int(config.name, "memory_block_size", config.memory_block_size, 1)
+    memory = config.num_memory_tokens
+    if isinstance(memory, list | tuple):  # a tuple, so that a config can be compared and hashed
+        for size in memory:
+            check_int(config.name, "each of num_memory_tokens", size, 0)
+        object.__setattr__(config, "num_memory_tokens", tuple(memory))
+    else:
+        check_int(config.name, "num_memory_tokens", memory, 0)
     if not config.window_size:
         object.__setattr__(config, "num_sink_tokens", 0)
+        object.__setattr__(config, "num_memory_tokens", 0)

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..ops import WindowState, empty_window_state, window_attention
 from .base import LinearMixer, MixerConfig
 from .checks import INITIALIZATIONS, check_bool, check_int, check_window
+from .exact import ExactPart
 from .gates import LowRank
 
 
@@ -24,6 +24,11 @@ class GatedConfig(MixerConfig):
             purely linear layer.
         num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0
             where there is no window.
+        num_memory_tokens (`int` or `tuple[int, ...]`, *optional*, defaults to 0): Tokens that left the window and are
+            still attended exactly, by key-value head: those whose keys are least like the others. One number for all
+            heads, or one for each of the layer's key-value heads.
+        memory_block_size (`int`, *optional*, defaults to 32): Tokens after which the memory chooses again. Beside a
+            memory the window holds up to so many more.
         output_gate (`bool`, *optional*, defaults to `True`): Whether the layer's input gates the output.
         gate_rank (`int`, *optional*, defaults to 16): Rank of the projections behind the gates.
         state_per_query_head (`bool`, *optional*, defaults to `False`): One state per query head instead of one per
@@ -33,6 +38,8 @@ class GatedConfig(MixerConfig):
 
     window_size: int = 64
     num_sink_tokens: int = 4
+    num_memory_tokens: int | tuple[int, ...] = 0
+    memory_block_size: int = 32
     output_gate: bool = True
     gate_rank: int = 16
     state_per_query_head: bool = False
@@ -64,13 +71,26 @@ class GatedMixer(LinearMixer):
         "output_stage.gate.up": "(H V) r",
     }
 
-    def __init__(self, *, window_size, num_sink_tokens, output_gate, gate_rank, state_per_query_head, **sizes):
+    def __init__(
+        self,
+        *,
+        window_size,
+        num_sink_tokens,
+        num_memory_tokens,
+        memory_block_size,
+        output_gate,
+        gate_rank,
+        state_per_query_head,
+        **sizes,
+    ):
         super().__init__(**sizes)
         self.window_size, self.state_per_query_head = window_size, state_per_query_head
         self.output_stage = OutputStage(
             self,
             window_size=window_size,
             num_sink_tokens=num_sink_tokens,
+            num_memory_tokens=num_memory_tokens,
+            memory_block_size=memory_block_size,
             output_gate=output_gate,
             gate_rank=gate_rank,
         )
@@ -139,7 +159,8 @@ class OutputStage(nn.Module):
 
     Args:
         mixer (`LinearMixer`): Sizes are read from it.
-        window_size (`int`), num_sink_tokens (`int`): Of the exact part; a window of 0 leaves it out.
+        window_size (`int`), num_sink_tokens (`int`), num_memory_tokens (`int` or `tuple`), memory_block_size (`int`):
+            Of the exact part; a window of 0 leaves it out.
         output_gate (`bool`): Whether there is a gate.
         gate_rank (`int`): Rank of `U`.
     """
@@ -147,10 +168,21 @@ class OutputStage(nn.Module):
     quiet_logit = -4.0
     tokens_at_a_time = 256
 
-    def __init__(self, mixer, *, window_size: int, num_sink_tokens: int, output_gate: bool, gate_rank: int):
+    def __init__(
+        self,
+        mixer,
+        *,
+        window_size: int,
+        num_sink_tokens: int,
+        num_memory_tokens,
+        memory_block_size: int,
+        output_gate: bool,
+        gate_rank: int,
+    ):
         super().__init__()
-        self.window_size, self.num_sink_tokens = window_size, num_sink_tokens
-        self.scale = mixer.head_dim**-0.5
+        self.exact = None
+        if window_size:
+            self.exact = ExactPart(mixer, window_size, num_sink_tokens, num_memory_tokens, memory_block_size)
         self.weight = nn.Parameter(torch.empty(mixer.num_heads, mixer.value_dim))
         self.gate = None
         if output_gate:
@@ -185,24 +217,16 @@ class OutputStage(nn.Module):
         Returns `(output, window state)`; `recurrent` is `None` where `parts` leaves the state out, `parts` as of
         [`LinearMixer.active_parts`].
         """
-        if not self.window_size:
+        if self.exact is None:
             return self.mixed(None, recurrent, hidden_states), ()
         if "window" not in parts:
-            window = state or tuple(empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4])
+            window = state or self.exact.empty_state(key, value)
             output = self.mixed(None, recurrent, hidden_states)
             return output + 0.0 * self.state_logit.sum().to(output.dtype), window
-        exact, final = window_attention(
-            query,
-            key,
-            value,
-            window_size=self.window_size,
-            num_sinks=self.num_sink_tokens,
-            scale=self.scale,
-            valid=valid,
-            state=WindowState(*state, None) if state else None,
-            inplace_final_state=inplace_final_state,
+        exact, final, _ = self.exact(
+            query, key, value, valid=valid, state=state, inplace_final_state=inplace_final_state
         )
-        return (exact if recurrent is None else self.mixed(exact, recurrent, hidden_states)), tuple(final[:4])
+        return (exact if recurrent is None else self.mixed(exact, recurrent, hidden_states)), final
 
     def mixed(self, exact, recurrent, hidden_states):
         """

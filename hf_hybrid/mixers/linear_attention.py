@@ -8,16 +8,10 @@ import torch
 from torch import nn
 
 from ..errors import HybridConfigError
-from ..ops import (
-    LinearPart,
-    WindowState,
-    bidirectional_linear_attention,
-    empty_window_state,
-    linear_attention,
-    window_attention,
-)
+from ..ops import LinearPart, bidirectional_linear_attention, linear_attention
 from .base import LinearMixer, MixerConfig, register_mixer
 from .checks import INITIALIZATIONS, check_int, check_window
+from .exact import ExactPart
 from .feature_maps import get_feature_map
 
 
@@ -31,6 +25,11 @@ class LinearAttentionConfig(MixerConfig):
             purely linear layer. Of causal layers only: a bidirectional layer is always purely linear.
         num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence attended exactly for ever; 0
             where there is no window.
+        num_memory_tokens (`int` or `tuple[int, ...]`, *optional*, defaults to 0): Tokens that left the window and are
+            still attended exactly, by key-value head: those whose keys are least like the others. One number for all
+            heads, or one for each of the layer's key-value heads.
+        memory_block_size (`int`, *optional*, defaults to 32): Tokens after which the memory chooses again. Beside a
+            memory the window holds up to so many more.
     """
 
     name = "linear_attention"
@@ -38,6 +37,8 @@ class LinearAttentionConfig(MixerConfig):
     feature_dim: int | None = None
     window_size: int = 64
     num_sink_tokens: int = 4
+    num_memory_tokens: int | tuple[int, ...] = 0
+    memory_block_size: int = 32
 
     def __post_init__(self):
         feature_map = get_feature_map(self.feature_map)
@@ -82,10 +83,23 @@ class LinearAttention(LinearMixer):
     # log-weight of the linear part before training: 1.8 % per unit of feature product. Measured in LOG.md.
     quiet_log_weight = -4.0
 
-    def __init__(self, *, feature_map: str, feature_dim: int | None, window_size: int, num_sink_tokens: int, **sizes):
+    def __init__(
+        self,
+        *,
+        feature_map: str,
+        feature_dim: int | None,
+        window_size: int,
+        num_sink_tokens: int,
+        num_memory_tokens,
+        memory_block_size: int,
+        **sizes,
+    ):
         super().__init__(**sizes)
         self.window_size = window_size if self.causal else 0
         self.num_sink_tokens = num_sink_tokens if self.window_size else 0
+        self.exact = None
+        if self.window_size:
+            self.exact = ExactPart(self, window_size, num_sink_tokens, num_memory_tokens, memory_block_size)
         make = get_feature_map(feature_map)
         self.feature_map_q = make(self.num_heads, self.head_dim, feature_dim)
         self.feature_map_k = make(self.num_key_value_heads, self.head_dim, feature_dim)
@@ -135,25 +149,21 @@ class LinearAttention(LinearMixer):
             )
             if not self.window_size:
                 return self._scaled(output), (recurrent_state,)
-            window_state = window_state or tuple(
-                empty_window_state(key, value, self.window_size, self.num_sink_tokens)[:4]
-            )
+            window_state = window_state or self.exact.empty_state(key, value)
             return output + 0.0 * self.log_weight.sum().to(output.dtype), (*window_state, recurrent_state)
-        output, final = window_attention(
+        output, window_state, final = self.exact(
             query,
             key,
             value,
-            window_size=self.window_size,
-            num_sinks=self.num_sink_tokens,
-            scale=self.head_dim**-0.5,
             linear=LinearPart(**maps, log_weight=self.log_weight) if "state" in parts else None,
             valid=valid,
-            state=WindowState(*window_state, recurrent_state) if window_state else None,
+            state=window_state,
+            recurrent=recurrent_state,
             inplace_final_state=inplace_final_state,
         )
-        if final.recurrent is not None:
-            recurrent_state = final.recurrent
+        if final is not None:
+            recurrent_state = final
         elif recurrent_state is None:  # left out
             shape = (query.shape[0], self.num_key_value_heads, self.feature_map_k.output_dim, self.value_dim + 1)
             recurrent_state = query.new_zeros(shape, dtype=torch.promote_types(query.dtype, torch.float32))
-        return output, (*final[:4], recurrent_state)
+        return output, (*window_state, recurrent_state)

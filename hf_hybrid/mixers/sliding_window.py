@@ -5,9 +5,9 @@ beat.
 
 import dataclasses
 
-from ..ops import WindowState, window_attention
 from .base import LinearMixer, MixerConfig, register_mixer
 from .checks import INITIALIZATIONS, check_window
+from .exact import ExactPart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +16,18 @@ class SlidingWindowConfig(MixerConfig):
     Args:
         window_size (`int`, *optional*, defaults to 64): Tokens in the window, the current one included.
         num_sink_tokens (`int`, *optional*, defaults to 4): First tokens of the sequence that stay visible for ever.
+        num_memory_tokens (`int` or `tuple[int, ...]`, *optional*, defaults to 0): Tokens that left the window and are
+            still attended exactly, by key-value head: those whose keys are least like the others. One number for all
+            heads, or one for each of the layer's key-value heads.
+        memory_block_size (`int`, *optional*, defaults to 32): Tokens after which the memory chooses again. Beside a
+            memory the window holds up to so many more.
     """
 
     name = "sliding_window"
     window_size: int = 64
     num_sink_tokens: int = 4
+    num_memory_tokens: int | tuple[int, ...] = 0
+    memory_block_size: int = 32
 
     def __post_init__(self):
         check_window(self, least=1)
@@ -42,23 +49,16 @@ class SlidingWindow(LinearMixer):
 
     config_class = SlidingWindowConfig
 
-    def __init__(self, *, window_size: int, num_sink_tokens: int, **sizes):
+    def __init__(self, *, window_size, num_sink_tokens, num_memory_tokens, memory_block_size, **sizes):
         super().__init__(**sizes)
         self.window_size, self.num_sink_tokens = window_size, num_sink_tokens
+        self.exact = ExactPart(self, window_size, num_sink_tokens, num_memory_tokens, memory_block_size)
 
     def init_weights(self, initialization=INITIALIZATIONS) -> None:
         pass
 
     def mix(self, query, key, value, hidden_states, *, valid, state, inplace_final_state):
-        output, final = window_attention(
-            query,
-            key,
-            value,
-            window_size=self.window_size,
-            num_sinks=self.num_sink_tokens,
-            scale=self.head_dim**-0.5,
-            valid=valid,
-            state=WindowState(*state, None) if state else None,
-            inplace_final_state=inplace_final_state,
+        output, final, _ = self.exact(
+            query, key, value, valid=valid, state=state or (), inplace_final_state=inplace_final_state
         )
-        return output, tuple(final[:4])
+        return output, final

@@ -121,6 +121,38 @@ def window_attention(
     return chunk.chunk_window_attention(query, key, value, state=state, valid=valid, linear_form=linear_form, **kwargs)
 
 
+def memory_attention(
+    query,
+    key,
+    value,
+    *,
+    memory_block_size,
+    state=None,
+    valid=None,
+    linear=None,
+    inplace_final_state=False,
+    backend=None,
+    **kwargs,
+):
+    """[`naive_memory.naive_memory_attention`], in the form that fits the number of new tokens."""
+    choose_backend(backend, query)
+    kwargs = {**kwargs, "memory_block_size": memory_block_size, "linear": linear}
+    weights = () if linear is None else (linear.log_weight, *linear.feature_map_q.weights())
+    if (
+        query.shape[1] == 1
+        and valid is None
+        and state is not None
+        and not torch.compiler.is_compiling()
+        and query.device.type == "cpu"
+        and not _needs_grad(query, *state, *weights)
+        and (seen := chunk.seen_in_all_rows(state.count)) is not None
+        and seen % memory_block_size
+    ):
+        inplace = inplace_final_state and all(x is None or x.is_contiguous() for x in state)
+        return step.step_memory_attention(query, key, value, state=state, inplace_final_state=inplace, **kwargs)
+    return chunk.chunk_memory_attention(query, key, value, state=state, valid=valid, **kwargs)
+
+
 def _needs_grad(*tensors) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 

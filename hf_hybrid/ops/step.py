@@ -5,9 +5,12 @@ step. Not for a state that is still needed, nor under autograd. At this size cal
 is there for fewer of them. One-row products are faster through MKL, so the fp32 switch of `matmul` stays off.
 """
 
+import functools
+
 import torch
 
 from .naive import TINY, WindowState
+from .naive_memory import MemoryState
 
 
 def step_linear_attention(
@@ -189,3 +192,67 @@ def step_window_attention(
         output = (output + mixed[..., :value_dim]) / (mixed[..., value_dim:] + 1.0)
     output = output.view(batch, 1, num_heads, value_dim)
     return (output if dtype == wide else output.to(dtype)), state
+
+def step_memory_attention(
+    query,
+    key,
+    value,
+    *,
+    window_size,
+    num_sinks,
+    num_memory_tokens,
+    memory_block_size,
+    scale,
+    state,
+    linear=None,
+    inplace_final_state=False,
+):
+    """
+    [`naive_memory_attention`] for `T = 1`, no padding, rows that have seen equally many tokens, and a token that is not
+    the first of its block, so that the memory stays as it is: same arguments, shapes and results.
+    """
+    batch, _, num_heads, key_dim = query.shape
+    num_kv_heads, value_dim = value.shape[2:]
+    num_states, groups, slots = batch * num_kv_heads, num_heads // num_kv_heads, state.key.shape[2]
+    dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
+    if not inplace_final_state:
+        state = MemoryState(*(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state))
+    n, first = int(state.count[0]), num_sinks + num_memory_tokens
+    place = first + n % (window_size + memory_block_size)
+    for target in [place] if n >= num_sinks else [place, n]:
+        state.key[:, :, target : target + 1].copy_(key.transpose(1, 2))
+        state.value[:, :, target : target + 1].copy_(value.transpose(1, 2))
+    state.count.add_(1)
+
+    rows = query.reshape(num_states, groups, key_dim)
+    all_keys, all_values = state.key.view(num_states, slots, key_dim), state.value.view(num_states, slots, value_dim)
+    if dtype != wide:
+        rows, all_keys, all_values = rows.to(wide), all_keys.to(wide), all_values.to(wide)
+    scores = _scaled_bmm(rows, all_keys.transpose(1, 2), scale)
+    block = n // memory_block_size * memory_block_size
+    if block < window_size + num_sinks + num_memory_tokens or n % memory_block_size != memory_block_size - 1:
+        scores += _hidden_places(n, window_size, num_sinks, num_memory_tokens, memory_block_size, wide, query.device)
+    weights = scores.softmax(-1)
+    output = torch.bmm(weights, all_values)
+    if linear is not None:
+        features = _features(linear.feature_map_q, query).to(wide).reshape(num_states, groups, -1)
+        mixed = torch.bmm(features, state.recurrent.view(num_states, -1, value_dim + 1))
+        share = linear.log_weight.to(wide).exp().view(num_kv_heads, groups, 1)
+        share = share * weights.amax(-1, keepdim=True).view(batch, num_kv_heads, groups, 1)
+        mixed = mixed.mul_(share.view(num_states, groups, 1))
+        output = (output + mixed[..., :value_dim]) / (mixed[..., value_dim:] + 1.0)
+    output = output.view(batch, 1, num_heads, value_dim)
+    return (output if dtype == wide else output.to(dtype)), state
+
+
+@functools.lru_cache(maxsize=4096)
+def _hidden_places(n, window_size, num_sinks, num_memory_tokens, memory_block_size, dtype, device):
+    """What is added to the scores of a token at position `n`, `[S + M + W + C]`: -inf where nothing is, or not yet."""
+    ring, block = window_size + memory_block_size, n // memory_block_size * memory_block_size
+    filled = min(num_memory_tokens, max(0, block - window_size - num_sinks))
+    seen = [False] * (num_sinks + num_memory_tokens + ring)
+    for place in (*range(min(num_sinks, n + 1)), *range(num_sinks, num_sinks + filled)):
+        seen[place] = True
+    for position in range(max(num_sinks, block - window_size), n + 1):
+        seen[num_sinks + num_memory_tokens + position % ring] = True
+    return torch.zeros(len(seen), dtype=dtype, device=device).masked_fill_(~torch.tensor(seen, device=device), -torch.inf)

@@ -10,10 +10,10 @@ from torch.func import functional_call
 from hf_hybrid import mixers
 from hf_hybrid.errors import HybridConfigError
 from hf_hybrid.mixers import build_mixer, list_mixers
-from hf_hybrid.ops import WindowState, naive
+from hf_hybrid.ops import WindowState, naive, naive_memory
 
 from helpers import assert_close
-from mixer_settings import MIXERS
+from mixer_settings import MIXERS_OF_TWO_HEADS as MIXERS
 
 
 SIZES = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "value_dim": 6, "hidden_size": 32, "causal": True}
@@ -64,9 +64,10 @@ def use_naive(monkeypatch):
                 "gated_linear_attention",
                 "gated_delta_rule",
                 "window_attention",
+                "memory_attention",
             ):
                 if hasattr(module, op):
-                    form = getattr(naive, f"naive_{op}")
+                    form = getattr(naive_memory if op == "memory_attention" else naive, f"naive_{op}")
 
                     def call(*args, form=form, inplace_final_state=False, **kwargs):
                         return form(*args, **kwargs)
@@ -77,16 +78,20 @@ def use_naive(monkeypatch):
 
 
 def in_order(mixer, state):
-    """State tensors in an order that does not depend on where the window's ring began."""
-    if not getattr(mixer, "window_size", 0):
+    """State tensors in an order that does not depend on where the windows' rings began."""
+    exact = getattr(mixer, "exact", None) or getattr(getattr(mixer, "output_stage", None), "exact", None)
+    if exact is None:
         return state
-    window = naive.in_order(
-        WindowState(*state[:4], None),
-        mixer.num_sink_tokens if hasattr(mixer, "num_sink_tokens") else mixer.output_stage.num_sink_tokens,
-    )
-    visible = window.visible
-    keys, values = (x * visible[:, None, :, None] for x in window[:2])  # what is not visible may hold anything
-    return (keys, values, visible, window.counts, *state[4:])
+    ordered = []
+    for number, size in enumerate(exact.heads_by_size):
+        part = state[4 * number : 4 * number + 4]
+        if not size:
+            window = naive.in_order(WindowState(*part, None), exact.num_sink_tokens)
+            # what is not visible may hold anything
+            keys, values = (x * window.visible[:, None, :, None] for x in window[:2])
+            part = keys, values, window.visible, window.counts
+        ordered += part
+    return (*ordered, *state[exact.num_tensors :])
 
 
 def gradients(output, leaves):

@@ -8,6 +8,7 @@ way they do is told, with measurements, in `docs/explanation/cpu_speed.md`.
 
 from .gated import chunk_gated_delta_rule, chunk_gated_linear_attention
 from .linear import bidirectional_linear_attention, chunk_linear_attention
+from .memory import chunk_memory_attention, seen_in_all_rows
 from .window import chunk_window_attention
 
 
@@ -16,5 +17,7 @@ __all__ = [
     "chunk_gated_delta_rule",
     "chunk_gated_linear_attention",
     "chunk_linear_attention",
+    "chunk_memory_attention",
     "chunk_window_attention",
+    "seen_in_all_rows",
 ]

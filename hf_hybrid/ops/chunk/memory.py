@@ -104,7 +104,7 @@ def _on_grid(query, key, value, valid, state, *, window_size, num_sinks, num_mem
     old_key, old_value = state.key[:, :, first:].to(key.dtype), state.value[:, :, first:].to(value.dtype)
     new_key, new_value = key.transpose(1, 2), value.transpose(1, 2)
     base, phase = state.count // block * block, state.count % block
-    if valid is None and (seen := _same_in_all_rows(state.count)) is not None:
+    if valid is None and (seen := seen_in_all_rows(state.count)) is not None:
         begin, offset = seen // block * block, seen % block
         blocks = -(-(offset + length) // block)
         places = (begin + torch.arange(ring + offset, device=key.device)) % ring
@@ -135,7 +135,7 @@ def _on_grid(query, key, value, valid, state, *, window_size, num_sinks, num_mem
     return Grid(keys, values, queries, base, phase, state.count + number, rank, blocks, None)
 
 
-def _same_in_all_rows(count) -> int | None:
+def seen_in_all_rows(count) -> int | None:
     """The count of tokens that all rows share; `None` where they differ, or looking would cost more than it saves."""
     if torch.compiler.is_compiling() or count.device.type != "cpu":
         return None
