@@ -38,7 +38,9 @@ class MixerConfig:
         return self
 
     def to_dict(self) -> dict:
-        return {"name": self.name, **dataclasses.asdict(self)}
+        """As JSON has it: lists, no tuples."""
+        settings = dataclasses.asdict(self)
+        return {"name": self.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}}
 
     @staticmethod
     def from_dict(settings: dict) -> "MixerConfig":

@@ -20,7 +20,7 @@ from ..conversion.layer import (
 from ..conversion.offload import check_not_preloaded, execution_device
 from ..conversion.probe import ProbedModel, probe_attention
 from ..conversion.sites import select_heads
-from ..errors import AlreadyHybridError, UnsupportedModelError
+from ..errors import AlreadyHybridError, HybridConfigError, UnsupportedModelError, closest
 from ..mixers import (
     INITIALIZATIONS,
     LinearMixer,
@@ -55,7 +55,7 @@ def find_attention_sites(model: PreTrainedModel, example_inputs: dict | None = N
 
 def convert_to_hybrid(
     model: PreTrainedModel,
-    mixer: str | dict | MixerConfig = "linear_attention",
+    mixer: str | Mapping | MixerConfig = "linear_attention",
     layers=None,
     *,
     heads: Mapping | None = None,
@@ -70,7 +70,8 @@ def convert_to_hybrid(
         model (`PreTrainedModel`): The model. It becomes a `Hybrid…` model that still is an instance of its former
             class; all weights keep their names and values, mixer parameters appear under `<attention>.hybrid.*`.
         mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"linear_attention"`): A name of `list_mixers()`
-            or a config.
+            or a config. A dict without a `"name"` holds one of these for each layer:
+            `{"model.layers.3.self_attn": "gla"}`; without `layers` and `heads`, it names the layers too.
         layers (*optional*): Indices or names of attention sites, a part of the model (`"encoder"`, `"decoder"`,
             `"text"`, `"vision"`, `"audio"`), a module around sites (`"model.vision_tower"`), or a predicate on
             [`AttentionSite`]. All of them by default.
@@ -94,22 +95,48 @@ def convert_to_hybrid(
 
         >>> model = convert_to_hybrid(model, mixer="sliding_window", layers=[1, 3, 5])
     """
-    config, initialization = resolve_mixer_config(mixer), check_initialization(initialization)
+    configs, initialization = _resolve_mixers(mixer), check_initialization(initialization)
     check_convertible(model)
     probed = probe_attention(model, example_inputs)
+    if isinstance(configs, dict) and layers is None and heads is None:
+        layers = list(configs)
     selected = select_heads(layers, heads, probed.sites, describe(model))
-    put_mixers_(model, config, probed, selected, initialization)
+    put_mixers_(model, _by_layer(configs, selected, describe(model)), probed, selected, initialization)
     converted = hybrid_layers(model)
     for name, (_, wanted) in selected.items():
         converted[name].linear_heads = wanted
     become_hybrid_(model, "shared" if not isinstance(model, HybridModelMixin) else model.projections)
-    logger.info(f"Converted {len(selected)} of {len(probed.sites)} attention layers to {config.name}.")
+    names = ", ".join(sorted({converted[name].hybrid_config.name for name in selected}))
+    logger.info(f"Converted {len(selected)} of {len(probed.sites)} attention layers to {names}.")
     return model
+
+
+def _resolve_mixers(mixer) -> MixerConfig | dict[str, MixerConfig]:
+    if isinstance(mixer, Mapping) and "name" not in mixer:
+        if not mixer:
+            raise HybridConfigError("mixer must name at least one layer, or be a config with a `name`; got {}.")
+        return {str(name): resolve_mixer_config(of_layer) for name, of_layer in mixer.items()}
+    return resolve_mixer_config(mixer)
+
+
+def _by_layer(configs, selected, where: str) -> dict[str, MixerConfig]:
+    """The config of every selected layer."""
+    if isinstance(configs, MixerConfig):
+        return dict.fromkeys(selected, configs)
+    missing = [name for name in selected if name not in configs]
+    extra = [name for name in configs if name not in selected]
+    if missing or extra:
+        raise HybridConfigError(
+            f"mixer must name the selected layers of {where}, each by its full name; "
+            + (f"{missing[0]!r} is missing." if missing else f"{extra[0]!r} is not selected.")
+            + closest((extra or missing)[0], list(selected if extra else configs))
+        )
+    return configs
 
 
 def put_mixers_(
     model: PreTrainedModel,
-    config: MixerConfig,
+    config: MixerConfig | Mapping[str, MixerConfig],
     probed: ProbedModel,
     selected: dict[str, tuple[AttentionSite, tuple[int, ...]]],
     initialization: Collection[str] = INITIALIZATIONS,
@@ -118,8 +145,9 @@ def put_mixers_(
 ) -> None:
     """
     Put fresh mixers beside the selected layers' attention, in place, all switches off. Nothing is changed if one of
-    them refuses.
+    them refuses. `config` is one for all layers, or one for each.
     """
+    configs = config if isinstance(config, Mapping) else dict.fromkeys(selected, config)
     modules = dict(model.named_modules())
     for name in selected:
         if is_hybrid_attention(modules[name]):
@@ -137,7 +165,7 @@ def put_mixers_(
     # build everything before touching anything: a mixer that refuses leaves the model as it was
     mixers = {
         name: new_mixer(
-            config, site, wanted, modules[name], initialization, dtype=dtype or mixer_dtype(model, modules[name])
+            configs[name], site, wanted, modules[name], initialization, dtype=dtype or mixer_dtype(model, modules[name])
         )
         for name, (site, wanted) in selected.items()
     }
