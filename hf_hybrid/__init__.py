@@ -9,6 +9,8 @@ from .adapters.tuner import register_peft_method
 from .configuration_hybrid import AttentionSite, HybridAttentionConfig, package_version
 from .distillation.arguments import HybridTrainingArguments
 from .distillation.calibration import calibrate_mixers
+from .distillation.repair import RepairReport, RepairTrainer
+from .distillation.repair_arguments import RepairArguments
 from .distillation.trainer import HybridTrainer
 from .evaluation.ablation import ablate, state_share
 from .mixers import (
@@ -27,7 +29,14 @@ from .mixers import (
 from .modeling_hybrid import register_auto_classes
 from .search.callback import GreedyLayerSwapCallback
 from .search.greedy import SwapReport
-from .surgery import convert_to_hybrid, find_attention_sites, restore_full_attention
+from .surgery import (
+    HeadPlan,
+    convert_to_hybrid,
+    find_attention_sites,
+    induction_scores,
+    plan_heads,
+    restore_full_attention,
+)
 
 
 __version__ = package_version()
@@ -37,6 +46,7 @@ __all__ = [
     "GLAConfig",
     "GatedDeltaNetConfig",
     "GreedyLayerSwapCallback",
+    "HeadPlan",
     "HybridAttentionConfig",
     "HybridPeftConfig",
     "HybridTrainer",
@@ -47,15 +57,20 @@ __all__ = [
     "LightningConfig",
     "LinearAttentionConfig",
     "MixerConfig",
+    "RepairArguments",
+    "RepairReport",
+    "RepairTrainer",
     "SlidingWindowConfig",
     "SwapReport",
     "ablate",
     "calibrate_mixers",
     "convert_to_hybrid",
     "find_attention_sites",
+    "induction_scores",
     "list_feature_maps",
     "list_mixers",
     "load_mixer_bank",
+    "plan_heads",
     "restore_full_attention",
     "save_mixer_bank",
     "state_share",

@@ -117,7 +117,7 @@ def _prepare(dataset, name: str, *settings):
             f"{name} has a {field!r} column but no tokenizer was given. Pass processing_class=tokenizer."
         )
     label = next((column for column in LABEL_FIELDS if column in columns), None)
-    kind = _model_kind(model_config, model_class)
+    kind = model_kind(model_config, model_class)
     others = sorted(columns - {field, *LABEL_FIELDS})
     if kind == "other" and not is_training and others and (label is None or any("text" in name for name in others)):
         raise DatasetError(
@@ -221,7 +221,7 @@ def _column_names(dataset, name: str) -> set[str]:
     return set(first) if isinstance(first, dict) else set()
 
 
-def _model_kind(config: PreTrainedConfig, model_class: type | None) -> str:
+def model_kind(config: PreTrainedConfig, model_class: type | None) -> str:
     """`"causal_lm"`, `"masked_lm"`, `"seq2seq"`, or `"other"`: what has another head, or none."""
     if model_class is not None:
         names = [parent.__name__ for parent in model_class.__mro__]

@@ -361,7 +361,7 @@ def test_what_a_model_is(masking_tokenizer):
         (T5Config(), None, "seq2seq"),
     ]
     for config, model_class, expected in kinds:
-        assert data._model_kind(config, model_class) == expected, (config.architectures, model_class)
+        assert data.model_kind(config, model_class) == expected, (config.architectures, model_class)
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
