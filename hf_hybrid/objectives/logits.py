@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from ..errors import DatasetError
+from ..ops import divergence
 
 
 # Rows of logits worked on at a time: a vocabulary of 50,000 in fp32 is 25 MB then, and nothing of the whole size is
@@ -50,6 +51,11 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, weights, temperature):
         needs_grad = ctx.needs_input_grad[0]
+        done = divergence(student.detach(), teacher, weights, temperature, needs_grad)
+        if done is not None:
+            losses, grad = done
+            ctx.save_for_backward(grad)
+            return ((losses * weights).sum() * temperature**2).float()
         total = weights.new_zeros(())
         grad = torch.zeros_like(student) if needs_grad else None
         for start in range(0, len(student), ROWS):
@@ -69,7 +75,9 @@ class _ForwardKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         (grad,) = ctx.saved_tensors
-        return grad * grad_output.to(grad.dtype), None, None, None
+        if not (grad_output.is_cpu and bool(grad_output == 1.0)):  # on a CPU looking is cheaper than a product
+            grad = grad * grad_output.to(grad.dtype)
+        return grad, None, None, None
 
 
 def scored_predictions(

@@ -2,6 +2,7 @@
 
 from .dispatch import (
     bidirectional_linear_attention,
+    divergence,
     gated_delta_rule,
     gated_linear_attention,
     linear_attention,
@@ -18,6 +19,7 @@ __all__ = [
     "MemoryState",
     "WindowState",
     "bidirectional_linear_attention",
+    "divergence",
     "empty_memory_state",
     "empty_window_state",
     "fast_fp32_matmul",

@@ -135,8 +135,20 @@ def memory_attention(
     **kwargs,
 ):
     """[`naive_memory.naive_memory_attention`], in the form that fits the number of new tokens."""
-    choose_backend(backend, query)
-    kwargs = {**kwargs, "memory_block_size": memory_block_size, "linear": linear}
+    backend = choose_backend(backend, query)
+    kwargs = {**kwargs, "memory_block_size": memory_block_size}
+    inputs = [query, key, value, *(() if state is None else (state.key, state.value, state.count))]
+    # gradients through a cached memory are torch's, and so is what stands under one normaliser with a linear part
+    if (
+        backend == "cpp"
+        and linear is None
+        and not (state is not None and _needs_grad(*inputs))
+        and cpp.can_run(*inputs, valid=valid)
+    ):
+        return cpp.memory_attention(
+            query, key, value, state=state, valid=valid, inplace_final_state=inplace_final_state, **kwargs
+        )
+    kwargs["linear"] = linear
     weights = () if linear is None else (linear.log_weight, *linear.feature_map_q.weights())
     if (
         query.shape[1] == 1
@@ -151,6 +163,14 @@ def memory_attention(
         inplace = inplace_final_state and all(x is None or x.is_contiguous() for x in state)
         return step.step_memory_attention(query, key, value, state=state, inplace_final_state=inplace, **kwargs)
     return chunk.chunk_memory_attention(query, key, value, state=state, valid=valid, **kwargs)
+
+
+def divergence(student, teacher, weights, temperature, needs_grad):
+    """[`cpp.divergence`], or `None` where the kernels cannot be had or do not take these logits."""
+    backend = requested_backend() or default_backend(student.device.type)
+    if backend == "cpp" and cpp.can_run(student, student, student, weights) and cpp.can_run(teacher, teacher, teacher):
+        return cpp.divergence(student, teacher, weights, temperature, needs_grad)
+    return None
 
 
 def _needs_grad(*tensors) -> bool:

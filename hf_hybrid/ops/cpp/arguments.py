@@ -164,6 +164,47 @@ class WindowArguments(ctypes.Structure):
 
 
 # the entry points of `kernels.cpp` and what each takes
+class MemoryState(ctypes.Structure):
+    _fields_ = [(name, pointer) for name in ("key", "value", "key_sum", "count")]
+
+
+class MemoryArguments(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, int64)
+            for name in (
+                "batch",
+                "tokens",
+                "heads",
+                "kv_heads",
+                "key_dim",
+                "value_dim",
+                "window",
+                "sinks",
+                "memory",
+                "block",
+                "dtype",
+                "threads",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        *((name, View) for name in ("query", "key", "value", "output")),
+        ("valid", pointer),
+        ("before", MemoryState),
+        ("after", MemoryState),
+        ("chosen", pointer),
+        *((name, View) for name in ("grad_output", "grad_query", "grad_key", "grad_value")),
+    ]
+
+
+class DivergenceArguments(ctypes.Structure):
+    _fields_ = [
+        *((name, int64) for name in ("rows", "classes", "student_dtype", "teacher_dtype", "threads")),
+        ("inverse_temperature", ctypes.c_float),
+        *((name, pointer) for name in ("student", "teacher", "weights", "grad", "losses")),
+    ]
+
+
 SIGNATURES = {
     "linear_forward": [ctypes.POINTER(LinearArguments)],
     "bidirectional_forward": [ctypes.POINTER(LinearArguments)],
@@ -173,6 +214,10 @@ SIGNATURES = {
     "window_forward": [ctypes.POINTER(WindowArguments)],
     "window_backward": [ctypes.POINTER(WindowArguments)],
     "window_step": [ctypes.POINTER(WindowArguments)],
+    "memory_forward": [ctypes.POINTER(MemoryArguments)],
+    "memory_backward": [ctypes.POINTER(MemoryArguments)],
+    "memory_step": [ctypes.POINTER(MemoryArguments)],
+    "divergence": [ctypes.POINTER(DivergenceArguments)],
     "linear_step": [ctypes.POINTER(LinearStep), *[pointer] * 9],
     "gated_step": [ctypes.POINTER(GatedStep), *[pointer] * 8],
 }

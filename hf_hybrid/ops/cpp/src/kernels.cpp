@@ -1,5 +1,6 @@
 // The entry points. Everything is in the headers: one translation unit, a few seconds to compile.
-#include "window.h"
+#include "kl.h"
+#include "memory.h"
 
 using namespace hf_hybrid;
 
@@ -84,6 +85,30 @@ void hf_hybrid_window_backward(const WindowArguments* a) {
 }
 
 void hf_hybrid_window_step(const WindowArguments* a) { (a->common.dtype ? window_step<bfloat16> : window_step<float>)(*a, own_arena()); }
+
+void hf_hybrid_memory_forward(const MemoryArguments* a) {
+  for_each_in_kind(a->batch, a->kv_heads, a->threads, a->dtype, false, [a](auto number, auto, auto b, auto head, Arena& arena) {
+    memory_forward_task<decltype(number)>(*a, b, head, arena);
+  });
+}
+
+void hf_hybrid_memory_backward(const MemoryArguments* a) {
+  for_each_in_kind(a->batch, a->kv_heads, a->threads, a->dtype, false, [a](auto number, auto, auto b, auto head, Arena& arena) {
+    memory_backward_task<decltype(number)>(*a, b, head, arena);
+  });
+}
+
+void hf_hybrid_memory_step(const MemoryArguments* a) { (a->dtype ? memory_step<bfloat16> : memory_step<float>)(*a, own_arena()); }
+
+void hf_hybrid_divergence(const DivergenceArguments* a) {
+#pragma omp parallel for schedule(static) num_threads(a->threads)
+  for (ptrdiff_t row = 0; row < a->rows; row++) {
+    if (a->student_dtype)
+      (a->teacher_dtype ? divergence_row<bfloat16, bfloat16> : divergence_row<bfloat16, float>)(*a, row);
+    else
+      (a->teacher_dtype ? divergence_row<float, bfloat16> : divergence_row<float, float>)(*a, row);
+  }
+}
 
 void hf_hybrid_linear_step(const LinearStep* a, const void* query, const void* key, const void* value, const uint8_t* valid, const void* weight_q,
                            const void* weight_k, const float* state, float* new_state, void* output) {
