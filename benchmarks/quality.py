@@ -149,9 +149,7 @@ def planned(name: str, mixer: str, tokenizer):
     settings = dict(PLANS[name])
     config = resolve_mixer_config({"name": mixer, "window_size": settings.pop("window_size")})
     model = load()
-    plan = plan_heads(
-        model, passages(tokenizer), mixer=config, large_memory_tokens=settings.pop("large"), **settings
-    )
+    plan = plan_heads(model, passages(tokenizer), mixer=config, large_memory_tokens=settings.pop("large"), **settings)
     return model, plan
 
 

@@ -9,8 +9,9 @@ from .adapters.tuner import register_peft_method
 from .configuration_hybrid import AttentionSite, HybridAttentionConfig, package_version
 from .distillation.arguments import HybridTrainingArguments
 from .distillation.calibration import calibrate_mixers
-from .distillation.repair import RepairReport, RepairTrainer
+from .distillation.repair import RepairTrainer
 from .distillation.repair_arguments import RepairArguments
+from .distillation.repair_report import RepairReport
 from .distillation.trainer import HybridTrainer
 from .evaluation.ablation import ablate, state_share
 from .mixers import (

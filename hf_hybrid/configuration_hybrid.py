@@ -97,17 +97,23 @@ class LinearSite:
 
 
 def hybrid_section(
-    sites: dict[str, LinearSite], base_model: str | None, revision: str | None, projections: str = "shared"
+    sites: dict[str, LinearSite],
+    base_model: str | None,
+    revision: str | None,
+    projections: str = "shared",
+    repair: dict | None = None,
 ) -> dict:
     """
     The `hybrid` entry of a config. `projections` other than `"shared"` says that the linear layers' projections were
-    trained, so that the softmax cannot be put back over them.
+    trained, so that the softmax cannot be put back over them; `repair` says what of the whole model was trained after
+    the replacement.
     """
     return {
         "schema_version": SCHEMA_VERSION,
         "hf_hybrid_version": package_version(),
         "base_model": {"name_or_path": base_model, "revision": revision},
         "projections": projections,
+        **({} if repair is None else {"repair": dict(repair)}),
         "sites": {name: site.entry() for name, site in sites.items()},
     }
 

@@ -106,6 +106,11 @@ class HybridModelMixin(CheckpointMixin):
     def projections(self) -> str:
         return self.config.hybrid["projections"] if self.config.hybrid else "shared"
 
+    @property
+    def repaired(self) -> bool:
+        """Whether weights were trained after the replacement, so that the softmax is not the base model's any more."""
+        return bool(self.config.hybrid and self.config.hybrid.get("repair"))
+
     def train(self, mode: bool = True):
         if self.training_objective is None:
             return super().train(mode)
@@ -131,7 +136,9 @@ class HybridModelMixin(CheckpointMixin):
         hybrid = self.config.hybrid or {}
         base = hybrid.get("base_model", {"name_or_path": None, "revision": None})
         sites = published_sites(self)
-        self.config.hybrid = hybrid_section(sites, base["name_or_path"], base["revision"], self.projections)
+        self.config.hybrid = hybrid_section(
+            sites, base["name_or_path"], base["revision"], self.projections, hybrid.get("repair")
+        )
 
     def hybrid_auto_map(self) -> dict[str, str]:
         """The `auto_map` entry of this model's checkpoints: which class of the shim each Auto class loads."""

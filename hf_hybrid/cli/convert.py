@@ -3,16 +3,28 @@
 import os
 from dataclasses import dataclass, field
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..adapters.bank import load_mixer_bank
 from ..conversion.sites import select_heads
 from ..distillation.arguments import parse_layers
-from ..errors import HybridConfigError, OutputFolderError
+from ..distillation.data import pack_text
+from ..errors import DatasetError, HybridConfigError, OutputFolderError
+from ..mixers import MixerConfig
 from ..modeling_hybrid import describe
-from ..surgery import convert_to_hybrid, finalize_, find_attention_sites, hybrid_layers, set_linear_heads_
-from .options import MixerArguments, ModelArguments, json_object
+from ..surgery import (
+    HeadPlan,
+    convert_to_hybrid,
+    finalize_,
+    find_attention_sites,
+    hybrid_layers,
+    plan_heads,
+    set_linear_heads_,
+)
+from .options import MixerArguments, ModelArguments, json_object, load_rows
+from .preset_options import PresetArguments
 
 
 @dataclass
@@ -31,17 +43,77 @@ class ConvertArguments:
     mixer_bank: str | None = field(default=None, metadata={"help": "Use these students instead of fresh mixers."})
 
 
-OPTIONS = (ModelArguments, MixerArguments, ConvertArguments)
+@dataclass
+class PlanArguments:
+    """A budget of cache, shared out among the heads: see `plan_heads`."""
+
+    share: float | None = field(
+        default=None,
+        metadata={"help": "Plan all heads for this share of the cache at --length tokens, in (0, 1]; needs --dataset."},
+    )
+    length: int = field(default=4096, metadata={"help": "Tokens at which the share is counted."})
+    num_kept_heads: int = field(default=0, metadata={"help": "Of a plan: heads that keep their softmax."})
+    large_memory_tokens: int | None = field(
+        default=None, metadata={"help": "Of a plan: memory of heads that look things up; 1,000 tokens with all else."}
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Text by which a plan ranks heads: a name on the Hub, or a .txt, .json, .jsonl … file."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+
+    def plan(self, model: PreTrainedModel, tokenizer, mixer: MixerConfig) -> HeadPlan:
+        """
+        Raises:
+            DatasetError: Without text of a passage's length.
+        """
+        if self.dataset is None:
+            raise DatasetError("--share needs --dataset: text by which heads are ranked.")
+        rows = load_rows(self.dataset, self.dataset_split)
+        if self.text_column not in rows.column_names:
+            raise DatasetError(
+                f"{self.dataset} has no column {self.text_column!r}; it has {', '.join(rows.column_names)}."
+            )
+        texts = rows[: min(len(rows), TEXTS)][self.text_column]
+        passages = pack_text(texts, tokenizer, PASSAGE, self.dataset)[:PASSAGES]["input_ids"]
+        memory = mixer.num_memory_tokens
+        return plan_heads(
+            model,
+            torch.tensor(passages),
+            share=self.share,
+            length=self.length,
+            mixer=mixer,
+            num_kept_heads=self.num_kept_heads,
+            large_memory_tokens=self.large_memory_tokens,
+            **({"num_memory_tokens": memory} if memory else {}),
+        )
 
 
-def run(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments) -> None:
+# What a plan reads: so many passages of so many tokens, of the first texts.
+PASSAGES, PASSAGE, TEXTS = 4, 512, 1000
+STAGES = ("mixer", "plan")
+OPTIONS = (ModelArguments, MixerArguments, ConvertArguments, PlanArguments, PresetArguments)
+
+
+def run(
+    model: ModelArguments,
+    mixer: MixerArguments,
+    options: ConvertArguments,
+    budget: PlanArguments,
+    preset: PresetArguments,
+) -> None:
     """Replace layers or single heads without training, or by the students of a bank, and save the hybrid."""
+    if preset.dry_run:
+        return preset.show(mixer, options, budget)
     if os.path.exists(os.path.join(options.output_dir, "config.json")):
         raise OutputFolderError(f"output_dir={options.output_dir!r} holds a model already. Choose another folder.")
     layers = parse_layers(options.layers)
     heads = None if options.heads is None else json_object("--heads", options.heads)
     loaded, tokenizer = model.load(), model.tokenizer()
     if options.mixer_bank:
+        if budget.share is not None:
+            raise HybridConfigError("--share plans fresh mixers; got --mixer_bank too. Leave one of them out.")
         given = [name for name, value in vars(mixer).items() if value != getattr(MixerArguments, name, None)]
         if given:
             raise HybridConfigError(
@@ -49,6 +121,10 @@ def run(model: ModelArguments, mixer: MixerArguments, options: ConvertArguments)
                 "out."
             )
         _use_bank(loaded, options.mixer_bank, layers, heads)
+    elif budget.share is not None:
+        if layers is not None or heads is not None:
+            raise HybridConfigError("--share plans every head, so that --layers and --heads would be ignored.")
+        budget.plan(loaded, tokenizer, mixer.config()).convert(loaded)
     else:
         convert_to_hybrid(loaded, mixer.config(), layers, heads=heads)
     loaded.save_pretrained(options.output_dir)

@@ -5,13 +5,23 @@ from rich.console import Console
 from ..distillation.arguments import HybridTrainingArguments
 from ..distillation.trainer import HybridTrainer
 from .options import MixerArguments, ModelArguments, TextArguments, load_rows
+from .preset_options import PresetArguments
 
 
-OPTIONS = (HybridTrainingArguments, ModelArguments, MixerArguments, TextArguments)
+STAGES = ("mixer", "distill")
+OPTIONS = (HybridTrainingArguments, ModelArguments, MixerArguments, TextArguments, PresetArguments)
 
 
-def run(args: HybridTrainingArguments, model: ModelArguments, mixer: MixerArguments, text: TextArguments) -> None:
+def run(
+    args: HybridTrainingArguments,
+    model: ModelArguments,
+    mixer: MixerArguments,
+    text: TextArguments,
+    preset: PresetArguments,
+) -> None:
     """Distil every attention layer on text and write the mixer bank to output_dir."""
+    if preset.dry_run:
+        return preset.show(args, mixer)
     trainer = HybridTrainer(
         model.load(),
         mixer=mixer.config(),

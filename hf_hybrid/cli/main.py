@@ -12,6 +12,7 @@ import sys
 VERBS = {
     "distill": "Distil every attention layer on text and write the mixer bank to output_dir.",
     "search": "Swap layers greedily on your data, with the students of a bank, and save the hybrid to output_dir.",
+    "repair": "Train a hybrid on its teacher's predictions, the teacher being itself with its switch off; save it.",
     "convert": "Replace layers or single heads without training, or by the students of a bank, and save the hybrid.",
     "evaluate": "Perplexity of text, or accuracy of label words, of any model, hybrid or not.",
     "ablate": "What the states of a hybrid with windows contribute, and its perplexity without them.",
@@ -43,18 +44,21 @@ def _run(name: str, arguments: list[str]) -> int:
 
     from ..errors import HybridError
     from ..ops import fast_fp32_matmul
+    from .preset_options import use_preset
 
     verb = importlib.import_module(f".{name}", __package__)
     parser = HfArgumentParser(verb.OPTIONS, prog=f"hf-hybrid {name}", description=VERBS[name])
     logging.set_verbosity_warning()
     try:
+        if hasattr(verb, "STAGES"):
+            use_preset(parser, verb.STAGES, arguments)
         options = parser.parse_args_into_dataclasses(_model_first(arguments))
         with fast_fp32_matmul():
             verb.run(*options)
     except KeyboardInterrupt:
         print(
-            "interrupted; what was finished is on disk: run again with --resume (distill: --resume_from_checkpoint "
-            "true) to continue",
+            "interrupted; what was finished is on disk: run again with --resume (distill, repair: "
+            "--resume_from_checkpoint true) to continue",
             file=sys.stderr,
         )
         return 130

@@ -1,13 +1,16 @@
 """`hf-hybrid search`: a mixer bank and a task become a hybrid."""
 
+import os
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from ..distillation.arguments import HybridTrainingArguments
+from ..distillation.repair_arguments import RepairArguments
 from ..distillation.trainer import HybridTrainer
+from ..errors import DatasetError
 from ..search.callback import GreedyLayerSwapCallback
-from .options import ModelArguments, TaskArguments
+from .options import ModelArguments, TaskArguments, load_rows
 
 
 @dataclass
@@ -30,6 +33,15 @@ class SearchArguments:
         default="most_linear", metadata={"help": "Which result to save.", "choices": ["most_linear", "best"]}
     )
     resume: bool = field(default=False, metadata={"help": "Continue an interrupted search in output_dir."})
+    repair_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Then train the hybrid for so many steps on its teacher's predictions; see `hf-hybrid repair`."
+        },
+    )
+    repair_dataset: str | None = field(
+        default=None, metadata={"help": "Text for that: a name on the Hub, or a .txt, .json, .jsonl … file."}
+    )
 
 
 OPTIONS = (HybridTrainingArguments, ModelArguments, TaskArguments, SearchArguments)
@@ -56,14 +68,22 @@ def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArgument
         max_layers=options.max_layers,
         keep=options.keep,
     )
+    if options.repair_steps and options.repair_dataset is None:
+        raise DatasetError("--repair_steps needs --repair_dataset: text to train on.")
     report = callback.search(trainer)
+    swapped_names = sorted(trainer.swapped_layers())
+    if options.repair_steps:
+        settings = RepairArguments(
+            os.path.join(args.output_dir, "repair"), max_steps=options.repair_steps, save_strategy="no", seed=args.seed
+        )
+        trainer.repair(load_rows(options.repair_dataset, "train"), settings)
     trainer.save_model()
     trainer.create_model_card()
-    swapped = sorted(trainer.swapped_layers())
-    reached = (trial.metrics[report.metric] for trial in report.commits if sorted(trial.swapped) == swapped)
+    reached = (trial.metrics[report.metric] for trial in report.commits if sorted(trial.swapped) == swapped_names)
     last = next(reached, report.base)
     Console().print(
-        f"Swapped {len(trainer.swapped_layers())} of {len(trainer.distill_sites)} layers, "
+        f"Swapped {len(swapped_names)} of {len(trainer.distill_sites)} layers, "
         f"{report.metric} {report.base:.4g} -> {last:.4g} (floor {report.floor:.4g}, {len(report.trials)} trials); "
         f"saved to {args.output_dir}."
+        + ("" if trainer.repair_report is None else f" Repaired for {trainer.repair_report.steps} steps.")
     )

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from ..errors import HybridConfigError
 from ..mixers import INITIALIZATIONS, check_initialization
 from ..mixers.checks import check_int
+from .recall_text import check_recall_share
 
 
 @dataclass
@@ -51,6 +52,9 @@ class HybridTrainingArguments(TrainingArguments):
         max_length (`int`, *optional*, defaults to 1024):
             Tokens per training sequence when such a dataset is packed. A linear layer learns to look as far back as it
             is trained.
+        recall_share (`float`, *optional*, defaults to 0.0):
+            Share of the rows of plain text in which a passage comes again or a key-value line is asked for, see
+            [`RepairArguments`].
 
     Changed defaults:
         `learning_rate` 1e-2 (mixers are few and start useful; measured), `lr_scheduler_type` cosine, `warmup_steps` 3,
@@ -90,6 +94,9 @@ class HybridTrainingArguments(TrainingArguments):
         default="text", metadata={"help": "Column of text of a dataset without `input_ids`."}
     )
     max_length: int = field(default=1024, metadata={"help": "Tokens per packed training sequence."})
+    recall_share: float = field(
+        default=0.0, metadata={"help": "Share of packed rows in which something earlier is asked for again."}
+    )
 
     learning_rate: float = field(default=1e-2, metadata={"help": "The initial learning rate for AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The scheduler type to use."})
@@ -110,6 +117,7 @@ class HybridTrainingArguments(TrainingArguments):
             raise HybridConfigError(f"max_length must be at least 2 tokens; got {self.max_length}.")
         self.initialization = ",".join(check_initialization(self.initialization)) or "none"
         check_int("HybridTrainingArguments", "calibration_batches", self.calibration_batches, 1)
+        check_recall_share(self.recall_share)
         if not isinstance(self.window_dropout, int | float) or not 0.0 <= self.window_dropout < 1.0:
             raise HybridConfigError(f"window_dropout must be a number in [0, 1); got {self.window_dropout!r}.")
 

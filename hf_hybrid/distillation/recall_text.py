@@ -19,12 +19,26 @@ SHORTEST_PASSAGE = 32
 KEY_VALUE_SHARE = 0.4
 MOST_PAIRS = 6
 # How a line may look. None of them is what `hf_hybrid.metrics` measures with.
-LINES = ("{key}: {value}", "{key} = {value}", "The {key} number is {value}.", "[{key}] {value}", "Remember {key} {value}.")
+LINES = (
+    "{key}: {value}",
+    "{key} = {value}",
+    "The {key} number is {value}.",
+    "[{key}] {value}",
+    "Remember {key} {value}.",
+)
 
 
 def check_recall_share(value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise HybridConfigError(f"recall_share must be a number in [0, 1]; got {value!r}.")
+
+
+def is_plain_text(dataset) -> bool:
+    """Whether rows are text and nothing else: those that something to recall can be written into."""
+    if not isinstance(dataset, Dataset | IterableDataset):
+        return False
+    columns = dataset.column_names or list(next(iter(dataset)))
+    return list(columns) == ["input_ids"]
 
 
 def with_recall(
@@ -104,4 +118,4 @@ def _with_pairs(ids: np.ndarray, tokenizer, rng: np.random.Generator) -> np.ndar
     return np.concatenate([*pieces, ids[start:room], *asked])
 
 
-__all__ = ["check_recall_share", "with_recall"]
+__all__ = ["check_recall_share", "is_plain_text", "with_recall"]

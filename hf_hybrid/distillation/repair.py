@@ -7,18 +7,14 @@ short training on the logits gives back what is left, of perplexity and, with ro
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 
 import torch
-import transformers
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..conversion.layer import hybrid_layers
@@ -28,50 +24,15 @@ from ..modeling_hybrid import HybridModelMixin, describe
 from ..objectives.logits import forward_kl, scored_predictions
 from .checks import is_finite, last_complete_checkpoint, load_teacher
 from .data import check_padding, model_kind, prepare_dataset
-from .recall_text import with_recall
+from .recall_text import is_plain_text, with_recall
 from .repair_arguments import RepairArguments
+from .repair_report import REPORT_FILE, RepairReport
+from .repaired_parts import merge_, start_training_, tuner_layers
 
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS_FILE, REPORT_FILE = "repair.safetensors", "repair_report.json"
-ADAPTER = "repair"
-LINEAR = (nn.Linear, Conv1D)
-
-
-@dataclasses.dataclass
-class RepairReport:
-    """
-    What a repair did.
-
-    Attributes:
-        steps (`int`), tokens (`int`): Taken, and read by the hybrid.
-        trained (`list[str]`): What trained, see [`RepairArguments`].
-        recall_share (`float`): Share of rows with something to recall.
-        before, after (`dict[str, float]`): Metrics on `eval_dataset`; empty without one.
-    """
-
-    steps: int
-    tokens: int
-    trained: list[str]
-    recall_share: float
-    before: dict[str, float]
-    after: dict[str, float]
-
-    def markdown(self) -> str:
-        """The section of a model card."""
-        parts = " and ".join(f"`{part}`" for part in self.trained)
-        lines = [
-            "## Repair",
-            "",
-            f"After the replacement, {parts} trained for {self.steps} steps ({self.tokens:,} tokens) on the "
-            "divergence of the hybrid's predictions from its teacher's.",
-        ]
-        names = [name for name in self.after if name in self.before]
-        if names:
-            lines += ["", "| on the evaluation data | before | after |", "|---|---|---|"]
-            lines += [f"| {name} | {self.before[name]:.4g} | {self.after[name]:.4g} |" for name in names]
-        return "\n".join(lines) + "\n"
+WEIGHTS_FILE = "repair.safetensors"
 
 
 class RepairTrainer(Trainer):
@@ -136,10 +97,9 @@ class RepairTrainer(Trainer):
             "max_length": args.max_length,
             "seed": args.seed,
         }
-        packs = _is_packed(train_dataset, args.dataset_text_field)
         train_dataset = prepare_dataset(train_dataset, "train_dataset", **settings, is_training=True)
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", **settings, is_training=False)
-        self.recall_share = args.recall_share if packs and kind == "causal_lm" else 0.0
+        self.recall_share = args.recall_share if kind == "causal_lm" and is_plain_text(train_dataset) else 0.0
         if self.recall_share:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             train_dataset = with_recall(train_dataset, self.recall_share, tokenizer, args.seed)
@@ -148,7 +108,7 @@ class RepairTrainer(Trainer):
         self.teacher, self._is_causal = teacher, kind == "causal_lm"
         self._use_cache = getattr(model.config, "use_cache", None)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        self._parts = _start_training_(model, args)
+        self._parts = start_training_(model, args)
         self._teacher_weights = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -224,7 +184,7 @@ class RepairTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hybrid = self.unwrapped
-        if not hybrid.is_gradient_checkpointing:
+        if not hybrid.is_activation_checkpointing:
             model.eval()  # dropout in either would be noise in the target
         labels = inputs.get("labels")
         is_encoder_decoder = getattr(hybrid.config, "is_encoder_decoder", False)
@@ -253,7 +213,7 @@ class RepairTrainer(Trainer):
         if self.teacher is not None:
             yield self.teacher.eval()
             return
-        layers, tuners = list(hybrid_layers(hybrid).values()), _tuner_layers(hybrid)
+        layers, tuners = list(hybrid_layers(hybrid).values()), tuner_layers(hybrid)
         switches = [layer.linear_heads for layer in layers]
         parameters = {name: p for name, p in hybrid.named_parameters() if name in self._teacher_weights}
         learnt = {name: p.data for name, p in parameters.items()}
@@ -305,7 +265,7 @@ class RepairTrainer(Trainer):
         """End the repair, in place: differences are merged, weights go back to their types. Returns the hybrid."""
         model = self.unwrapped
         if not self._finalized:
-            _merge_(model)
+            merge_(model)
             for name, parameter in model.named_parameters():
                 parameter.data = parameter.data.to(self._dtypes[name])
                 parameter.requires_grad_(True)
@@ -337,10 +297,7 @@ class RepairTrainer(Trainer):
         if not is_own_card(os.path.join(folder, CARD_FILE)):
             write_model_card(model, folder, extra="" if report is None else report.markdown())
         if report is not None:
-            path = os.path.join(folder, REPORT_FILE)
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(dataclasses.asdict(report), file, indent=2)
-            os.replace(path + ".tmp", path)
+            report.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         if self.args.push_to_hub and not _internal_call:
@@ -375,7 +332,7 @@ class RepairTrainer(Trainer):
             raise CheckpointError(f"{resume_from_checkpoint} is no checkpoint of a repair: {WEIGHTS_FILE} is missing.")
         tensors = load_file(path)
         own = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
-        wrong = [name for name in {*tensors} ^ {*own}] or [n for n, p in own.items() if tensors[n].shape != p.shape]
+        wrong = list({*tensors} ^ {*own}) or [n for n, p in own.items() if tensors[n].shape != p.shape]
         if wrong:
             raise CheckpointError(
                 f"{path} was written by a repair that trained other weights ({sorted(wrong)[0]}). Use the arguments of "
@@ -384,8 +341,6 @@ class RepairTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(tensors[name])
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as file:
             notes = file.metadata() or {}
         self._tokens, self._before = int(notes.get("tokens", 0)), json.loads(notes.get("before", "{}"))
@@ -422,103 +377,14 @@ def _check_model(model, teacher) -> None:
         raise HybridConfigError(
             "RepairTrainer: the model is in distillation. Call HybridTrainer.finalize() first, or trainer.repair(…)."
         )
-    if getattr(model, "_hf_peft_config_loaded", False) or _tuner_layers(model):
+    if getattr(model, "_hf_peft_config_loaded", False) or tuner_layers(model):
         raise UnsupportedModelError("RepairTrainer: the model carries an adapter. Merge it (merge_and_unload) first.")
-    trained_before = model.projections != "shared" or model.config.hybrid.get("repair")
+    trained_before = model.projections != "shared" or model.repaired
     if teacher is None and trained_before:
         raise HybridConfigError(
             f"RepairTrainer: weights of {describe(model)} were trained after the replacement, so that its softmax is "
             "not its teacher's any more. Pass teacher=, the base model."
         )
-
-
-def _is_packed(dataset, text_field: str) -> bool:
-    """Whether the training rows will be packed text: the rows that recall can be written into."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is None and isinstance(dataset, list) and dataset and isinstance(dataset[0], dict):
-        columns = list(dataset[0])
-    return columns is not None and "input_ids" not in columns and (text_field in columns or "messages" in columns)
-
-
-def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All attention modules of the kinds of those that are converted, by name."""
-    kinds = {layer.host_class for layer in hybrid_layers(model).values()}
-    return {n: m for n, m in model.named_modules() if getattr(type(m), "host_class", type(m)) in kinds}
-
-
-def _start_training_(model: PreTrainedModel, args: RepairArguments) -> dict[str, str]:
-    """
-    Freeze everything, and thaw or add what is to train, in fp32. Returns what each trained parameter is part of, by
-    name.
-    """
-    attention = _attention_modules(model)
-    projections = [
-        f"{name}.{path}"
-        for name, module in attention.items()
-        for path, part in module.named_modules()
-        if isinstance(part, LINEAR) and not path.startswith(("hybrid.", "hybrid_delta."))
-    ]
-    head = model.get_output_embeddings()
-    inside = tuple(f"{name}." for name in attention)
-    names: dict[str, str] = {}
-    for path, module in model.named_modules():
-        part = None
-        if path.startswith(inside):
-            part = "norms" if _is_norm(module) and ".hybrid." not in f".{path}." else None
-        elif _is_norm(module):
-            part = "norms"
-        elif isinstance(module, LINEAR) and module is not head:
-            part = "mlp"
-        if part in args.trained_parts:
-            names |= {f"{path}.{name}": part for name, _ in module.named_parameters(recurse=False)}
-    mixers = {f"{path}.hybrid" for path in attention}
-    wanted = {p for part, p in ((names[n], n) for n in names)}
-    if "lora" in args.trained_parts and not projections:
-        raise HybridConfigError(
-            f"RepairTrainer: lora needs linear projections in the attention layers of {describe(model)}; there are "
-            f"none. Choose other parts: trained={args.trained!r}."
-        )
-    model.requires_grad_(False)
-    if wanted:
-        model.float()  # a step of 1e-5 is nothing beside a weight in bf16
-    if "lora" in args.trained_parts:
-        config = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=projections)
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    parts = {}
-    for name, parameter in model.named_parameters():
-        plain = name.replace(".base_layer.", ".")
-        part = "lora" if ".lora_" in name else wanted and names.get(plain)
-        owner = name.split(".hybrid.")[0] + ".hybrid"
-        if owner in mixers and ".hybrid." in name:
-            part = "mixers" if "mixers" in args.trained_parts else None
-        if part:
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-            parts[name] = part
-    if not parts:
-        raise HybridConfigError(
-            f"RepairTrainer: nothing of trained={args.trained!r} is there to train in {describe(model)}. Add lora."
-        )
-    return parts
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
-
-
-def _merge_(model: nn.Module) -> None:
-    """Add the differences to the projections, and put these back in their places."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, module.get_base_layer())
-    for attribute in ("peft_config", "_hf_peft_config_loaded"):
-        model.__dict__.pop(attribute, None)
 
 
 __all__ = ["RepairReport", "RepairTrainer"]

@@ -48,9 +48,7 @@ class RepairArguments(TrainingArguments):
         `warmup_steps` 5, `weight_decay` 0, `adam_beta2` 0.95, `logging_steps` 8, `logging_nan_inf_filter` False.
     """
 
-    trained: str = field(
-        default="mixers,lora", metadata={"help": f"What trains, comma-separated: {', '.join(PARTS)}."}
-    )
+    trained: str = field(default="mixers,lora", metadata={"help": f"What trains, comma-separated: {', '.join(PARTS)}."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the differences to attention's projections."})
     lora_alpha: int = field(default=32, metadata={"help": "Their factor is lora_alpha / lora_rank."})
     mixer_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the mixers."})

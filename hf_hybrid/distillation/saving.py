@@ -181,4 +181,5 @@ class SavesMixers:
         """
         if self.is_world_process_zero():
             self.unwrapped.refresh_hybrid_config()
-            write_model_card(self.unwrapped, self.args.output_dir, report=self.swap_report)
+            repair = "" if self.repair_report is None else self.repair_report.markdown()
+            write_model_card(self.unwrapped, self.args.output_dir, report=self.swap_report, extra=repair)

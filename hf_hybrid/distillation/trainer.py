@@ -1,41 +1,30 @@
 """`HybridTrainer`: transformers' `Trainer` that distils every attention layer locally and saves hybrids."""
 
 import itertools
+import os
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
-from ..adapters.bank import (
-    adapter_config,
-)
+from ..adapters.bank import adapter_config
 from ..conversion.layer import HybridAttentionMixin, hybrid_layers
-from ..errors import (
-    DatasetError,
-    HybridConfigError,
-    MetricError,
-)
+from ..errors import DatasetError, HybridConfigError, MetricError
 from ..mixers import MixerConfig
 from ..modeling_hybrid import HybridModelMixin
 from ..objectives.local import LocalDistillation, start_distillation_
 from ..search.greedy import SwapReport
 from ..search.ranks import from_rank_zero
-from ..surgery import (
-    linear_heads,
-    set_linear_heads_,
-)
+from ..surgery import linear_heads, set_linear_heads_
 from .arguments import HybridTrainingArguments
 from .calibration import calibrate_mixers
-from .checks import (
-    base_model,
-    check_arguments,
-    check_optimizer,
-    check_start,
-    is_finite,
-    load_teacher,
-)
+from .checks import base_model, check_arguments, check_optimizer, check_start, is_finite, load_teacher
 from .data import check_padding, prepare_dataset
+from .recall_text import is_plain_text, with_recall
+from .repair import RepairTrainer
+from .repair_arguments import RepairArguments
+from .repair_report import RepairReport
 from .resuming import Resumes
 from .saving import SavesMixers
 from .students import put_back, put_mixers
@@ -64,6 +53,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
 
     Attributes:
         swap_report (`SwapReport` or `None`): What the search found.
+        repair_report (`RepairReport` or `None`): What `repair` did.
         last_block_losses (`dict[str, float]`): Mean local loss of every layer over the last logging interval.
         last_head_losses (`dict[str, list[float]]`): The same of every key-value head that has a mixer.
 
@@ -105,6 +95,9 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
             "seed": args.seed,
         }
         train_dataset = prepare_dataset(train_dataset, "train_dataset", **self._data_settings, is_training=True)
+        if args.recall_share and is_plain_text(train_dataset):
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            train_dataset = with_recall(train_dataset, args.recall_share, tokenizer, args.seed)
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", **self._data_settings, is_training=False)
         if data_collator is None:
             check_padding(processing_class, train_dataset, eval_dataset)
@@ -141,6 +134,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
 
     def _begin_counting(self):
         self.swap_report: SwapReport | None = None
+        self.repair_report: RepairReport | None = None
         self.last_block_losses: dict[str, float] = {}
         self.last_head_losses: dict[str, list[float]] = {}
         self._block_losses: torch.Tensor | None = None
@@ -323,6 +317,33 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
                 f"swap_layers: heads are given for {extra[0]!r}, which is not among the layers. Add it."
             )
         set_linear_heads_(self.unwrapped, wanted)
+
+    def repair(self, train_dataset=None, args: RepairArguments | None = None, **kwargs) -> RepairReport:
+        """
+        Finalize the model as the switch stands and train it on its teacher's predictions, see [`RepairTrainer`]. Then
+        save it with [`save_model`].
+
+        Args:
+            train_dataset (*optional*): By default what was distilled on.
+            args (`RepairArguments`, *optional*): By default as they are, with `repair/` in the output folder.
+            kwargs: Everything else [`RepairTrainer`] takes; `eval_dataset` and the collator are this trainer's.
+        """
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if args is None:
+            args = RepairArguments(os.path.join(self.args.output_dir, "repair"), use_cpu=self.args.use_cpu)
+        settings = {
+            "eval_dataset": self.eval_dataset,
+            "processing_class": self.processing_class,
+            "data_collator": None if train_dataset is None else kwargs.pop("data_collator", None),
+            "compute_metrics": self.compute_metrics,
+            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
+            **kwargs,
+        }
+        repairer = RepairTrainer(self.finalize(), args, train_dataset=data, **settings)
+        repairer.train()
+        repairer.finalize()
+        self.repair_report = repairer.repair_report
+        return self.repair_report
 
     def swapped_layers(self) -> list[str]:
         """Names of the layers of which some heads are linear now."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DatasetError
 
 
-NAMES = "Alice Boris Carla Dmitri Elena Farid Greta Hugo Ines Jonas Karin Luis".split()
+NAMES = ["Alice", "Boris", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Karin", "Luis"]
 HIDDEN = -100
 
 

@@ -136,17 +136,12 @@ class ExactPart:
         state: list[torch.Tensor] = []
         for size, heads in self.heads_by_size.items():
             keys, values = key[:, :, : len(heads)], value[:, :, : len(heads)]
+            window = {"window_size": self.window_size, "num_sinks": self.num_sink_tokens}
             if not size:
-                state += empty_window_state(keys, values, self.window_size, self.num_sink_tokens)[:TENSORS]
+                state += [x for x in empty_window_state(keys, values, **window)[:TENSORS] if x is not None]
                 continue
-            state += empty_memory_state(
-                keys,
-                values,
-                window_size=self.window_size,
-                num_sinks=self.num_sink_tokens,
-                num_memory_tokens=size,
-                memory_block_size=self.memory_block_size,
-            )[:TENSORS]
+            sizes = {"num_memory_tokens": size, "memory_block_size": self.memory_block_size}
+            state += [x for x in empty_memory_state(keys, values, **window, **sizes)[:TENSORS] if x is not None]
         return tuple(state)
 
 

@@ -137,7 +137,7 @@ def memory_attention(
     """[`naive_memory.naive_memory_attention`], in the form that fits the number of new tokens."""
     backend = choose_backend(backend, query)
     kwargs = {**kwargs, "memory_block_size": memory_block_size}
-    inputs = [query, key, value, *(() if state is None else (state.key, state.value, state.count))]
+    inputs = [query, key, value, *(() if state is None else (state.key, state.value, state.seen))]
     # gradients through a cached memory are torch's, and so is what stands under one normaliser with a linear part
     if (
         backend == "cpp"
@@ -157,7 +157,7 @@ def memory_attention(
         and not torch.compiler.is_compiling()
         and query.device.type == "cpu"
         and not _needs_grad(query, *state, *weights)
-        and (seen := chunk.seen_in_all_rows(state.count)) is not None
+        and (seen := chunk.seen_in_all_rows(state.seen)) is not None
         and seen % memory_block_size
     ):
         inplace = inplace_final_state and all(x is None or x.is_contiguous() for x in state)

@@ -17,7 +17,7 @@ class MemoryState(NamedTuple):
     What a window with a memory leaves behind, batch first. `S` sinks, then `M` memory tokens in the order of their
     positions, then a ring of `W + C` tokens in which token `i` has place `i % (W + C)`.
 
-    Which places are filled follows from `count`: with `g = (count - 1) // C` the block of the latest token, the memory
+    Which places are filled follows from `seen`: with `g = (seen - 1) // C` the block of the latest token, the memory
     holds `min(M, max(0, g C - W - S))` tokens.
     """
 
@@ -26,7 +26,7 @@ class MemoryState(NamedTuple):
     # [B, H_kv, K] fp64: sum of the unit keys of all blocks that are behind. In fp64 so that the memory's choice does
     # not depend on how the sequence was cut
     key_sum: torch.Tensor
-    count: torch.Tensor  # [B] int64: tokens seen that exist
+    seen: torch.Tensor  # [B] int64: tokens that exist
     recurrent: torch.Tensor | None  # [B, H_kv, F, V + 1] fp32: what is in none of the other places
 
 
@@ -38,7 +38,7 @@ def empty_memory_state(key, value, *, window_size, num_sinks, num_memory_tokens,
         key=key.new_zeros(batch, num_kv_heads, slots, key_dim),
         value=value.new_zeros(batch, num_kv_heads, slots, value.shape[-1]),
         key_sum=key.new_zeros(batch, num_kv_heads, key_dim, dtype=sum_dtype(key)),
-        count=torch.zeros(batch, dtype=torch.long, device=key.device),
+        seen=torch.zeros(batch, dtype=torch.long, device=key.device),
         recurrent=None,
     )
 

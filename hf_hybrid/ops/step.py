@@ -193,6 +193,7 @@ def step_window_attention(
     output = output.view(batch, 1, num_heads, value_dim)
     return (output if dtype == wide else output.to(dtype)), state
 
+
 def step_memory_attention(
     query,
     key,
@@ -217,12 +218,12 @@ def step_memory_attention(
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     if not inplace_final_state:
         state = MemoryState(*(None if x is None else x.clone(memory_format=torch.contiguous_format) for x in state))
-    n, first = int(state.count[0]), num_sinks + num_memory_tokens
+    n, first = int(state.seen[0]), num_sinks + num_memory_tokens
     place = first + n % (window_size + memory_block_size)
     for target in [place] if n >= num_sinks else [place, n]:
         state.key[:, :, target : target + 1].copy_(key.transpose(1, 2))
         state.value[:, :, target : target + 1].copy_(value.transpose(1, 2))
-    state.count.add_(1)
+    state.seen.add_(1)
 
     rows = query.reshape(num_states, groups, key_dim)
     all_keys, all_values = state.key.view(num_states, slots, key_dim), state.value.view(num_states, slots, value_dim)
@@ -255,4 +256,6 @@ def _hidden_places(n, window_size, num_sinks, num_memory_tokens, memory_block_si
         seen[place] = True
     for position in range(max(num_sinks, block - window_size), n + 1):
         seen[num_sinks + num_memory_tokens + position % ring] = True
-    return torch.zeros(len(seen), dtype=dtype, device=device).masked_fill_(~torch.tensor(seen, device=device), -torch.inf)
+    return torch.zeros(len(seen), dtype=dtype, device=device).masked_fill_(
+        ~torch.tensor(seen, device=device), -torch.inf
+    )

@@ -189,6 +189,11 @@ def restore_full_attention(model: PreTrainedModel) -> PreTrainedModel:
             f"{describe(model)} was distilled with projections={model.projections!r}: its linear layers have "
             "projections of their own, over which the softmax is not what it was. Load the base model instead."
         )
+    if model.repaired:
+        raise AlreadyHybridError(
+            f"{describe(model)} was repaired: its weights were trained after the replacement, so that they are not the "
+            "base model's. Load the base model instead."
+        )
     for layer in hybrid_layers(model).values():
         restore_attention_(layer)
     forget_distillation_(model)

@@ -62,6 +62,11 @@ def set_linear_heads_(
                 f"(projections={hybrid.projections!r}), so that "
                 "its softmax is not the teacher's any more. Keep all of its heads linear, or load the base model."
             )
+    if hybrid is not None and hybrid.repaired and any(wanted.get(n, ()) != layers[n].linear_heads for n in layers):
+        raise HybridConfigError(
+            f"set_linear_heads_: {type(hybrid).__name__} was repaired with the switch as it stands. Set the switch of "
+            "the model before its repair."
+        )
     for name, layer in layers.items():
         layer.linear_heads = wanted.get(name, ())
     for part in model.modules() if remember else ():

@@ -103,8 +103,8 @@ def _on_grid(query, key, value, valid, state, *, window_size, num_sinks, num_mem
     ring, first, block = window_size + memory_block_size, num_sinks + num_memory_tokens, memory_block_size
     old_key, old_value = state.key[:, :, first:].to(key.dtype), state.value[:, :, first:].to(value.dtype)
     new_key, new_value = key.transpose(1, 2), value.transpose(1, 2)
-    base, phase = state.count // block * block, state.count % block
-    if valid is None and (seen := seen_in_all_rows(state.count)) is not None:
+    base, phase = state.seen // block * block, state.seen % block
+    if valid is None and (seen := seen_in_all_rows(state.seen)) is not None:
         begin, offset = seen // block * block, seen % block
         blocks = -(-(offset + length) // block)
         places = (begin + torch.arange(ring + offset, device=key.device)) % ring
@@ -116,7 +116,7 @@ def _on_grid(query, key, value, valid, state, *, window_size, num_sinks, num_mem
         queries = F.pad(query, (0, 0, 0, 0, offset, rest))
         known = begin, offset, seen + length
         keys, values = laid(old_key, new_key), laid(old_value, new_value)
-        return Grid(keys, values, queries, base, phase, state.count + length, None, blocks, known)
+        return Grid(keys, values, queries, base, phase, state.seen + length, None, blocks, known)
     exists = torch.ones(batch, length, dtype=torch.bool, device=key.device) if valid is None else valid
     blocks = -(-(length + block - 1) // block)
     number = exists.sum(1)
@@ -132,7 +132,7 @@ def _on_grid(query, key, value, valid, state, *, window_size, num_sinks, num_mem
     queries = query.gather(1, own[:, :, None, None].expand(-1, -1, *query.shape[2:]))
     rank = (phase[:, None] + exists.cumsum(1) - 1).clamp_min(0)
     keys, values = taken(old_key, new_key), taken(old_value, new_value)
-    return Grid(keys, values, queries, base, phase, state.count + number, rank, blocks, None)
+    return Grid(keys, values, queries, base, phase, state.seen + number, rank, blocks, None)
 
 
 def seen_in_all_rows(count) -> int | None:
@@ -180,7 +180,9 @@ def choose_memories(grid, state, *, window_size, num_sinks, num_memory_tokens, m
         exists = torch.cat([held, joins], dim=1)
         behind = stream[:, :, size + ring + (i - 1) * block : size + ring + i * block]
         new_sums = sums + behind.sum(2)
-        places = torch.cat([memory, (size + i * block + torch.arange(block, device=device)).expand(batch, heads, -1)], 2)
+        places = torch.cat(
+            [memory, (size + i * block + torch.arange(block, device=device)).expand(batch, heads, -1)], 2
+        )
         # until the memory is full, all that leave the window stay
         mean = (new_sums / n.clamp_min(1)[:, None, None]).unsqueeze(-1)
         likeness = torch.matmul(_gathered(stream, places), mean).squeeze(-1).float()
@@ -214,9 +216,7 @@ def _pool(grid, state, num_sinks, num_memory_tokens):
     return *pools, sinks
 
 
-def _reach(
-    grid, sinks, memory, filled, first, last, *, window_size, num_sinks, num_memory_tokens, memory_block_size
-):
+def _reach(grid, sinks, memory, filled, first, last, *, window_size, num_sinks, num_memory_tokens, memory_block_size):
     """
     Keys that the blocks from `first` to `last` reach: their places in the pool, int `[B, H_kv, n, S + M + W + C]`, and
     who sees them, bool `[B, n, C, S + M + W + C]` (or `[1, 1, C, …]` where it is the same for all).
