@@ -109,6 +109,7 @@ class RepairTrainer(Trainer):
         self._use_cache = getattr(model.config, "use_cache", None)
         self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         self._parts = start_training_(model, args)
+        model.__dict__["in_repair"] = True  # until it is finalized, nothing of it can be saved
         self._teacher_weights = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -274,6 +275,7 @@ class RepairTrainer(Trainer):
                 model.config.use_cache = self._use_cache
             report = {"trained": list(self.args.trained_parts), "steps": self.state.global_step}
             model.config.hybrid["repair"] = report
+            del model.__dict__["in_repair"]
             self._finalized = True
             model.eval()
         return model

@@ -122,6 +122,10 @@ class SavesMixers:
         """
         if not self._in_distillation():
             super().save_model(output_dir, _internal_call)
+            folder = self.args.output_dir if output_dir is None else output_dir
+            known = self.swap_report is not None or self.repair_report is not None
+            if known and self.args.should_save and not is_own_card(os.path.join(folder, CARD_FILE)):
+                self._write_card(folder)
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         if self._saving_checkpoint:
@@ -181,5 +185,8 @@ class SavesMixers:
         """
         if self.is_world_process_zero():
             self.unwrapped.refresh_hybrid_config()
-            repair = "" if self.repair_report is None else self.repair_report.markdown()
-            write_model_card(self.unwrapped, self.args.output_dir, report=self.swap_report, extra=repair)
+            self._write_card(self.args.output_dir)
+
+    def _write_card(self, folder: str) -> None:
+        repair = "" if self.repair_report is None else self.repair_report.markdown()
+        write_model_card(self.unwrapped, folder, report=self.swap_report, extra=repair)

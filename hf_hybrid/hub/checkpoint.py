@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..conversion.offload import load_offloaded_mixer_whole
 from ..conversion.published import published_state
-from ..errors import CheckpointError, OutputFolderError, UnsupportedModelError
+from ..errors import CheckpointError, HybridConfigError, OutputFolderError, UnsupportedModelError
 from ..mixers import LinearMixer
 from .auto_classes import SHIM_FILE, write_shim
 from .card import CARD_FILE, is_own_card, write_model_card
@@ -111,6 +111,11 @@ class CheckpointMixin:
             self, "_hf_peft_config_loaded", False
         ):  # an adapter's save: neither the model's config nor its weights are written
             return super().save_pretrained(save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        if self.__dict__.get("in_repair"):
+            raise HybridConfigError(
+                f"{type(self).__name__} is in a repair, whose differences to the weights lie beside them. Call "
+                "RepairTrainer.finalize() first, or RepairTrainer.save_model()."
+            )
         self._refuse_folder_of_adapter(save_directory)
         self.refresh_hybrid_config()
         bound = inspect.signature(PreTrainedModel.save_pretrained).bind(self, save_directory, *args, **kwargs)
