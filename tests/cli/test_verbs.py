@@ -127,7 +127,8 @@ def test_convert_and_inspect(teacher, capsys):
     assert run(*convert, "--layers", "0,-1") == 0
     sites = AutoModelForCausalLM.from_pretrained(out).config.hybrid_sites()
     assert list(sites) == [SITES[0], SITES[2]]
-    assert sites[SITES[0]][1] == {"name": "sliding_window", "window_size": 8, "num_sink_tokens": 4}
+    memory = {"num_memory_tokens": 0, "memory_block_size": 32}
+    assert sites[SITES[0]][1] == {"name": "sliding_window", "window_size": 8, "num_sink_tokens": 4, **memory}
     assert logits(out).isfinite().all()
     capsys.readouterr()
     assert run("inspect", out) == 0
@@ -191,3 +192,68 @@ def test_any_setting_of_a_mixer_can_be_given(teacher):
     assert site[1]["output_gate"] is False
     assert site[1]["gate_rank"] == 3
     assert site[1]["window_size"] == 0
+
+
+def test_a_budget_is_planned_and_repaired(teacher, capsys):
+    rows, out, model = teacher / "rows.jsonl", teacher / "hybrid", teacher / "teacher"
+    # a plan ranks heads on passages of 512 tokens, of which the toy rows have enough
+    plan = ["--mixer", "sliding_window", "--window_size", 4, "--num_memory_tokens", 2, "--large_memory_tokens", 100]
+    mixer = ["--mixer_config", json.dumps({"memory_block_size": 4})]
+    share = ["--share", 0.4, "--length", 256, "--num_kept_heads", 1]
+    assert run("convert", model, "--output_dir", out, "--dataset", rows, *plan, *mixer, *share) == 0
+    sites = AutoModelForCausalLM.from_pretrained(out).config.hybrid["sites"]
+    assert sum(len(site.get("heads", [0, 1])) for site in sites.values()) == 5
+    sizes = [site["mixer"]["num_memory_tokens"] for site in sites.values()]
+    assert {2, 100} & {n for size in sizes for n in (size if isinstance(size, list) else [size])}
+    capsys.readouterr()
+    texts = teacher / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": json.loads(x)["text"]}) + "\n" for x in rows.read_text().splitlines()))
+    data = ["--dataset", texts, "--eval_dataset", texts]
+    assert run("repair", out, *data, "--output_dir", teacher / "repaired", *QUICK) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Repaired for 2 steps (96 tokens); loss" in printed
+    assert AutoModelForCausalLM.from_pretrained(teacher / "repaired").repaired
+    assert run("convert", model, "--output_dir", teacher / "no", *plan, "--share", 0.4) == 1
+    assert "--share needs --dataset" in capsys.readouterr().err
+    assert run("convert", model, "--output_dir", teacher / "no", *share, "--dataset", rows, "--layers", 1) == 1
+    assert "--layers and --heads would be ignored" in capsys.readouterr().err
+
+
+def test_a_search_may_end_with_a_repair(teacher, capsys):
+    bank, out, rows, model = teacher / "bank", teacher / "hybrid", teacher / "rows.jsonl", teacher / "teacher"
+    assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
+    data = ["--eval_dataset", rows, "--eval_length", 24, "--max_layers", 1, "--max_drop", "50%"]
+    search = ["search", model, "--mixer_bank", bank, *data, "--output_dir", out, *QUIET]
+    assert run(*search, "--repair_steps", 1) == 1
+    assert "--repair_steps needs --repair_dataset" in capsys.readouterr().err
+    assert run(*search, "--repair_steps", 1, "--repair_dataset", rows) == 0
+    assert "Repaired for 1 steps." in " ".join(capsys.readouterr().out.split())
+    assert AutoModelForCausalLM.from_pretrained(out).repaired
+    card = (out / "README.md").read_text()
+    assert "## Repair" in card and "eval_loss" in card
+
+
+@pytest.mark.parametrize("verb", ["distill", "convert", "repair"])
+@pytest.mark.parametrize("name", ["paper", "fast", "balanced", "recall"])
+def test_presets_say_what_they_do(verb, name, capsys):
+    assert run(verb, "--preset", name, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"preset {name}: ") and "cost: " in printed
+    for stage in ("mixer", "plan", "distill", "search", "repair"):
+        assert f"\n{stage}: " in printed
+
+
+def test_presets_are_defaults_and_what_is_typed_counts_more(teacher, capsys):
+    rows, model = teacher / "rows.jsonl", teacher / "teacher"
+    assert run("repair", "--preset", "recall", "--dry-run", "--recall_share", 0.1) == 0
+    printed = capsys.readouterr().out
+    assert "'recall_share': 0.1" in printed and "'max_steps': 96" in printed
+    assert run("distill", model, "--dataset", rows, "--output_dir", teacher / "x", "--preset", "fast", *QUIET) == 1
+    assert "has no stage 'distill'" in capsys.readouterr().err
+    assert run("repair", "--preset", "blanced", "--dry-run") == 1
+    assert "Did you mean 'balanced'?" in capsys.readouterr().err
+    # the paper's method, for two steps: copies of the projections train
+    distill = ["distill", model, "--dataset", rows, "--output_dir", teacher / "bank", "--preset", "paper", *QUICK]
+    assert run(*distill) == 0
+    settings = json.loads((teacher / "bank" / "adapter_config.json").read_text())
+    assert settings["projections"] == "full"

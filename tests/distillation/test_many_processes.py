@@ -42,7 +42,7 @@ BOTH = [
     "pictures",
 ]
 # T5's three tied embeddings stop accelerate's FSDP2, whoever trains; shards must be gathered by all, pictures or not
-ONLY_DDP = ["encoder_decoder", "mixed"]
+ONLY_DDP = ["encoder_decoder", "mixed", "repaired"]
 
 
 def launch(mode: str, folder: Path, runs: list[str], killed: bool = False) -> dict[str, list[dict]]:
@@ -71,7 +71,7 @@ def launch(mode: str, folder: Path, runs: list[str], killed: bool = False) -> di
 def one(tmp_path_factory):
     """What a process alone finds."""
     folder = tmp_path_factory.mktemp("one")
-    wanted = ["whole", "learned", "gated", "accumulated", "from_bank", "pictures", "encoder_decoder"]
+    wanted = ["whole", "learned", "gated", "accumulated", "from_bank", "pictures", "encoder_decoder", "repaired"]
     found = {name: getattr(worker, name)(folder) for name in wanted}
     whole = found["whole"]
     return {

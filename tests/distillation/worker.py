@@ -23,6 +23,9 @@ from hf_hybrid import (  # noqa: E402
     HybridPeftConfig,
     HybridTrainer,
     LinearAttentionConfig,
+    RepairArguments,
+    RepairTrainer,
+    convert_to_hybrid,
 )
 from hf_hybrid.adapters.bank import BANK_FOLDER, student_state  # noqa: E402
 from hf_hybrid.errors import HybridConfigError  # noqa: E402
@@ -252,6 +255,23 @@ def mixed(folder):
     return outcome(trainer, steps.losses)
 
 
+def repaired(folder):
+    """A hybrid learns from its teacher's predictions."""
+    model = convert_to_hybrid(tiny_model(), SMALL_MIXER, heads={"model.layers.0.self_attn": [1]})
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    args = RepairArguments(
+        str(folder / "repaired"), max_steps=4, per_device_train_batch_size=ROWS // processes, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", logging_steps=1, warmup_steps=0, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = RepairTrainer(model, args, train_dataset=token_dataset(32))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    state = {name: value.double().flatten().tolist() for name, value in trainer.finalize().state_dict().items()}
+    trainer.save_model(str(folder / "repaired" / "hybrid"))
+    found = {"losses": losses, "parameters": state, "world": args.world_size, "tokens": trainer.repair_report.tokens}
+    return found
+
+
 def encoder_decoder(folder):
     """T5: its cross-attention has no mixers, its decoder is fed the labels."""
     sizes = {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "decoder_start_token_id": 0}
@@ -292,7 +312,7 @@ def resumed_distillation(folder):
 
 RUNS = [
     whole, recomputed, learned, gated, adapter, finalized, accumulated, from_bank, without_checkpoints, memory, pictures, mixed,
-    encoder_decoder, killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
+    encoder_decoder, repaired, killed_in_search, killed_in_distillation, resumed_search, resumed_distillation,
 ]  # fmt: skip
 
 
