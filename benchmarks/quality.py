@@ -40,7 +40,7 @@ PLANS = {
     "50": {"share": 0.50, "num_kept_heads": 24, "window_size": 256, "num_memory_tokens": 128, "large": 1600},
     "30": {"share": 0.30, "num_kept_heads": 10, "window_size": 256, "num_memory_tokens": 96, "large": None},
     "15": {"share": 0.15, "num_kept_heads": 4, "window_size": 192, "num_memory_tokens": 64, "large": None},
-    "fixed": {"share": 0.08, "num_kept_heads": 0, "window_size": 128, "num_memory_tokens": 60, "large": None},
+    "fixed": {"share": 0.08, "num_kept_heads": 0, "window_size": 160, "num_memory_tokens": 28, "large": None},
 }
 STEPS = {"50": 64, "30": 64, "15": 96, "fixed": 96}
 
@@ -51,6 +51,8 @@ def arguments():
     parser.add_argument("--half", default="report", choices=["choose", "report"])
     parser.add_argument("--steps", type=int, help="Of a repair; 2,048 tokens each.")
     parser.add_argument("--recall_share", type=float, default=0.4)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--few", action="store_true", help="Perplexity and recall at 1,024 and needles alone.")
     parser.add_argument("--mixer", default="sliding_window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_controls", action="store_true")
@@ -65,7 +67,7 @@ def arguments():
 class Measures:
     """All probes on one half of the held-out text, and the teacher's values."""
 
-    def __init__(self, tokenizer, half: str, quick: bool):
+    def __init__(self, tokenizer, half: str, quick: bool, few: bool = False):
         texts = [t for t in prose("test") if len(tokenizer(t)["input_ids"]) >= 1100]
         texts = texts[::2] if half == "choose" else texts[1::2]
         texts = texts[:2] if quick else texts
@@ -77,7 +79,7 @@ class Measures:
             "recall_512": repeated_passages(ids, 512),
             "needle_1024": needles(texts, tokenizer, 1024, count=4 if quick else 16),
         }
-        if not quick:
+        if not (quick or few):
             pieces = [long[i : i + 4096] for i in range(0, len(long) - 4095, 4096)]
             moby = moby_dick(tokenizer)
             self.sets |= {
@@ -158,7 +160,7 @@ def main():
     if args.plot:
         return plot(args.output)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
-    measures = Measures(tokenizer, args.half, args.quick)
+    measures = Measures(tokenizer, args.half, args.quick, args.few)
     teacher_model = load()
     teacher = measures.of(teacher_model)
     long = torch.tensor([[i for t in prose("test") for i in tokenizer(t)["input_ids"]][:4096]])
@@ -201,6 +203,7 @@ def main():
                 folder,
                 max_steps=steps,
                 recall_share=args.recall_share,
+                learning_rate=args.learning_rate,
                 seed=args.seed,
                 save_strategy="no",
                 bf16=True,
@@ -216,9 +219,12 @@ def main():
                 model.save_pretrained(Path(args.save_to) / name)
         minutes = (time.time() - start) / 60
         facts = {"tokens": steps * 2048, "recall_share": args.recall_share, "seed": args.seed, "minutes": minutes}
-        extra = f", recall {args.recall_share}, seed {args.seed}"
-        if (args.recall_share, args.seed) == (0.4, 0):
-            extra = ""
+        changed = [
+            f"{name} {getattr(args, name)}"
+            for name, default in (("recall_share", 0.4), ("seed", 0), ("learning_rate", 3e-4), ("steps", None))
+            if getattr(args, name) != default
+        ]
+        extra = "".join(f", {change}" for change in changed)
         put(f"{name}: repaired{suffix}{extra}", model, measures.of(model), **facts)
 
 
