@@ -26,7 +26,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_hybrid import RepairArguments, RepairTrainer, SlidingWindowConfig, convert_to_hybrid, plan_heads
+from hf_hybrid import RepairArguments, RepairTrainer, SlidingWindowConfig, ablate, convert_to_hybrid, plan_heads
 from hf_hybrid.conversion.cache.placing import cache_bytes
 from hf_hybrid.demo.assets import prose, teacher_folder
 from hf_hybrid.metrics import key_value_lookup, needles, repeated_passages, row_losses
@@ -39,10 +39,11 @@ IMAGE = Path(__file__).parent.parent / "docs" / "images" / "quality.png"
 PLANS = {
     "50": {"share": 0.50, "num_kept_heads": 24, "window_size": 256, "num_memory_tokens": 128, "large": 1600},
     "30": {"share": 0.30, "num_kept_heads": 10, "window_size": 256, "num_memory_tokens": 96, "large": None},
+    "15 kept": {"share": 0.15, "num_kept_heads": 10, "window_size": 96, "num_memory_tokens": 32, "large": None},
     "15": {"share": 0.15, "num_kept_heads": 4, "window_size": 192, "num_memory_tokens": 64, "large": None},
     "fixed": {"share": 0.08, "num_kept_heads": 0, "window_size": 160, "num_memory_tokens": 28, "large": None},
 }
-STEPS = {"50": 64, "30": 64, "15": 96, "fixed": 96}
+STEPS = {"50": 64, "30": 64, "15 kept": 96, "15": 96, "fixed": 96}
 
 
 def arguments():
@@ -54,6 +55,8 @@ def arguments():
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--few", action="store_true", help="Perplexity and recall at 1,024 and needles alone.")
     parser.add_argument("--mixer", default="sliding_window")
+    parser.add_argument("--settings", default="{}", help="More settings of the mixer, as JSON.")
+    parser.add_argument("--ablate", action="store_true", help="Also measure the repaired hybrid without its states.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no_controls", action="store_true")
     parser.add_argument("--no_repair", action="store_true")
@@ -147,9 +150,9 @@ def passages(tokenizer) -> torch.Tensor:
     return torch.tensor([tokenizer(t)["input_ids"][:512] for t in prose("train")[:4]])
 
 
-def planned(name: str, mixer: str, tokenizer):
+def planned(name: str, mixer: str, tokenizer, more: dict | None = None):
     settings = dict(PLANS[name])
-    config = resolve_mixer_config({"name": mixer, "window_size": settings.pop("window_size")})
+    config = resolve_mixer_config({"name": mixer, "window_size": settings.pop("window_size"), **(more or {})})
     model = load()
     plan = plan_heads(model, passages(tokenizer), mixer=config, large_memory_tokens=settings.pop("large"), **settings)
     return model, plan
@@ -190,7 +193,7 @@ def main():
             model = convert_to_hybrid(load(), **how)
             put(name, model, measures.of(model))
     for name in args.only[-1:] if args.quick else args.only:
-        model, plan = planned(name, args.mixer, tokenizer)
+        model, plan = planned(name, args.mixer, tokenizer, json.loads(args.settings))
         plan.convert(model)
         suffix = "" if args.mixer == "sliding_window" else f", {args.mixer}"
         put(f"{name}: training-free{suffix}", model, measures.of(model))
@@ -226,6 +229,9 @@ def main():
         ]
         extra = "".join(f", {change}" for change in changed)
         put(f"{name}: repaired{suffix}{extra}", model, measures.of(model), **facts)
+        if args.ablate:
+            with ablate(model, "state"):
+                put(f"{name}: repaired{suffix}{extra}, without its states", model, measures.of(model), **facts)
 
 
 HEADER = f"{'':44s} share   1,024            4,096            recall  needle  far    kv     moby 1,024  4,096"
