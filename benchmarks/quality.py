@@ -6,6 +6,7 @@ after a repair, beside controls of the same size.
     python benchmarks/quality.py --only fixed 15       # some rows
     python benchmarks/quality.py --quick               # a sign of life, two minutes
     python benchmarks/quality.py --plot                # the image, from the JSON
+    python benchmarks/quality.py --table               # the table of the docs, from the JSON
 
 Held-out addresses are halved: settings (shape of the plans, learning rates, recall share) were chosen on the first half
 (`--half choose`), what is reported comes from the other. Intervals: 95 %, bootstrap over rows of the difference to the
@@ -62,6 +63,7 @@ def arguments():
     parser.add_argument("--no_repair", action="store_true")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--save_to", help="Folder for the repaired hybrids.")
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
@@ -162,6 +164,8 @@ def main():
     args = arguments()
     if args.plot:
         return plot(args.output)
+    if args.table:
+        return table(args.output)
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder())
     measures = Measures(tokenizer, args.half, args.quick, args.few)
     teacher_model = load()
@@ -252,6 +256,31 @@ def line(name: str, row: dict) -> str:
         f"{interval('ppl_4096')}  {nats('recall_512')}  {nats('needle_1024')}  {nats('recall_far')}  "
         f"{nats('key_value_64')}  {ratio('moby_1024')}  {ratio('moby_4096')}"
     )
+
+
+def table(source: Path):
+    """The rows as Markdown."""
+    columns = {
+        "ppl_1024": "perplexity at 1,024",
+        "ppl_4096": "at 4,096",
+        "recall_512": "recall",
+        "needle_1024": "needle",
+        "recall_far": "recall, 3,072 later",
+        "moby_1024": "Moby-Dick 1,024",
+        "moby_4096": "4,096",
+    }
+    print(f"| | cache | {' | '.join(columns.values())} |\n|---|---|{'---|' * len(columns)}")
+    for name, row in json.loads(source.read_text())["rows"].items():
+        cells = []
+        for key in columns:
+            value, (low, high) = row[key].get("ratio", row[key].get("nats")), row[key]["interval"]
+            form = (
+                f"{value:.3f}x [{low:.3f}, {high:.3f}]"
+                if "ratio" in row[key]
+                else f"{value:.2f} [{low:.2f}, {high:.2f}]"
+            )
+            cells.append(form if name != "teacher" or "nats" in row[key] else "1")
+        print(f"| {name} | {row['share']:.1%} | {' | '.join(cells)} |")
 
 
 def plot(source: Path):
