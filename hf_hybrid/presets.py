@@ -44,7 +44,7 @@ class Preset:
 
 _MEMORY = {"name": "sliding_window", "window_size": 192}
 # A budget of 15 % of the cache at 4,096 tokens: a few heads keep their softmax, some have a large memory, all a window.
-_PLAN = {"share": 0.15, "length": 4096, "num_kept_heads": 4, "num_memory_tokens": 64}
+_PLAN = {"share": 0.15, "length": 4096, "num_kept_heads": 0.05, "num_memory_tokens": 64}
 
 PRESETS = {
     preset.name: preset
@@ -77,7 +77,7 @@ PRESETS = {
             purpose="for long inputs whose details are asked for: more heads keep their softmax, more rows ask",
             cost="as balanced, with twice the cache (30 %)",
             mixer={"name": "sliding_window", "window_size": 256},
-            plan={"share": 0.30, "length": 4096, "num_kept_heads": 10, "num_memory_tokens": 96},
+            plan={"share": 0.30, "length": 4096, "num_kept_heads": 0.12, "num_memory_tokens": 96},
             repair={"max_steps": 96, "recall_share": 0.5},
         ),
     )

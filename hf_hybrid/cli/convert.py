@@ -52,7 +52,9 @@ class PlanArguments:
         metadata={"help": "Plan all heads for this share of the cache at --length tokens, in (0, 1]; needs --dataset."},
     )
     length: int = field(default=4096, metadata={"help": "Tokens at which the share is counted."})
-    num_kept_heads: int = field(default=0, metadata={"help": "Of a plan: heads that keep their softmax."})
+    num_kept_heads: float = field(
+        default=0, metadata={"help": "Of a plan: heads that keep their softmax; below 1, a share of all heads."}
+    )
     large_memory_tokens: int | None = field(
         default=None, metadata={"help": "Of a plan: memory of heads that look things up; 1,000 tokens with all else."}
     )
@@ -63,7 +65,7 @@ class PlanArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of a dataset from the Hub."})
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
 
-    def plan(self, model: PreTrainedModel, tokenizer, mixer: MixerConfig) -> HeadPlan:
+    def plan(self, model: PreTrainedModel, tokenizer, mixer: MixerConfig, num_memory_tokens: int | None) -> HeadPlan:
         """
         Raises:
             DatasetError: Without text of a passage's length.
@@ -76,17 +78,18 @@ class PlanArguments:
                 f"{self.dataset} has no column {self.text_column!r}; it has {', '.join(rows.column_names)}."
             )
         texts = rows[: min(len(rows), TEXTS)][self.text_column]
-        passages = pack_text(texts, tokenizer, PASSAGE, self.dataset)[:PASSAGES]["input_ids"]
-        memory = mixer.num_memory_tokens
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * PASSAGE
+        passages = pack_text(texts, tokenizer, min(PASSAGE, longest // 2), self.dataset)[:PASSAGES]["input_ids"]
+        kept = self.num_kept_heads
         return plan_heads(
             model,
             torch.tensor(passages),
             share=self.share,
             length=self.length,
             mixer=mixer,
-            num_kept_heads=self.num_kept_heads,
+            num_kept_heads=float(kept) if 0 < kept < 1 else int(kept),
             large_memory_tokens=self.large_memory_tokens,
-            **({"num_memory_tokens": memory} if memory else {}),
+            **({} if num_memory_tokens is None else {"num_memory_tokens": num_memory_tokens}),
         )
 
 
@@ -124,7 +127,7 @@ def run(
     elif budget.share is not None:
         if layers is not None or heads is not None:
             raise HybridConfigError("--share plans every head, so that --layers and --heads would be ignored.")
-        budget.plan(loaded, tokenizer, mixer.config()).convert(loaded)
+        budget.plan(loaded, tokenizer, mixer.config(), mixer.num_memory_tokens).convert(loaded)
     else:
         convert_to_hybrid(loaded, mixer.config(), layers, heads=heads)
     loaded.save_pretrained(options.output_dir)

@@ -1,12 +1,11 @@
 """`hf-hybrid search`: a mixer bank and a task become a hybrid."""
 
-import os
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from ..distillation.arguments import HybridTrainingArguments
-from ..distillation.repair_arguments import RepairArguments
+from ..distillation.repair_arguments import repair_arguments
 from ..distillation.trainer import HybridTrainer
 from ..errors import DatasetError
 from ..search.callback import GreedyLayerSwapCallback
@@ -73,10 +72,11 @@ def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArgument
     report = callback.search(trainer)
     swapped_names = sorted(trainer.swapped_layers())
     if options.repair_steps:
-        settings = RepairArguments(
-            os.path.join(args.output_dir, "repair"), max_steps=options.repair_steps, save_strategy="no", seed=args.seed
-        )
-        trainer.repair(load_rows(options.repair_dataset, "train"), settings)
+        trainer.save_model()  # what the search found is kept, whatever becomes of the repair
+        settings = repair_arguments(args, max_steps=options.repair_steps)
+        # where projections trained, the teacher is the base model
+        teacher = {} if trainer.unwrapped.projections == "shared" else {"teacher": model.load()}
+        trainer.repair(load_rows(options.repair_dataset, "train"), settings, **teacher)
     trainer.save_model()
     trainer.create_model_card()
     reached = (trial.metrics[report.metric] for trial in report.commits if sorted(trial.swapped) == swapped_names)

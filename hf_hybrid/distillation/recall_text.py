@@ -38,7 +38,7 @@ def is_plain_text(dataset) -> bool:
     if not isinstance(dataset, Dataset | IterableDataset):
         return False
     columns = dataset.column_names or list(next(iter(dataset)))
-    return list(columns) == ["input_ids"]
+    return "input_ids" in columns and {*columns} <= {"input_ids", "attention_mask"}
 
 
 def with_recall(
@@ -62,18 +62,24 @@ def with_recall(
         return dataset
     function = partial(_rewrite, share=share, tokenizer=tokenizer, seed=seed)
     settings = {} if isinstance(dataset, IterableDataset) else {"desc": "Rows that ask for recall"}
-    return dataset.map(function, features=Features({"input_ids": List(Value("int32"))}), **settings)
+    features = Features({"input_ids": List(Value("int32"))})
+    columns = dataset.column_names or list(next(iter(dataset)))
+    if "attention_mask" in columns:
+        features["attention_mask"] = List(Value("int8"))
+    return dataset.map(function, features=features, **settings)
 
 
 def _rewrite(row: dict, share: float, tokenizer, seed: int) -> dict:
     ids = np.array(row["input_ids"], dtype=np.int32)
+    if not all(row.get("attention_mask", ())):  # padding stays where it is
+        return row
     rng = np.random.default_rng([zlib.crc32(ids.tobytes()), seed % 2**32])
     if rng.random() < share and len(ids) >= 2 * SHORTEST_PASSAGE:
         if tokenizer is not None and rng.random() < KEY_VALUE_SHARE:
             ids = _with_pairs(ids, tokenizer, rng)
         else:
             ids = _with_passage(ids, rng)
-    return {"input_ids": ids.tolist()}
+    return {**row, "input_ids": ids.tolist()}
 
 
 def _with_passage(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:

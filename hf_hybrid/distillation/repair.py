@@ -7,35 +7,31 @@ short training on the logits gives back what is left, of perplexity and, with ro
 """
 
 import contextlib
-import json
 import os
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..conversion.layer import hybrid_layers
-from ..errors import CheckpointError, HybridConfigError, MetricError, OutputFolderError, UnsupportedModelError
-from ..hub.card import CARD_FILE, is_own_card, write_model_card
-from ..modeling_hybrid import HybridModelMixin, describe
+from ..errors import HybridConfigError, MetricError, OutputFolderError
+from ..modeling_hybrid import HybridModelMixin
 from ..objectives.logits import forward_kl, scored_predictions
 from .checks import is_finite, last_complete_checkpoint, load_teacher
 from .data import check_padding, model_kind, prepare_dataset
 from .recall_text import is_plain_text, with_recall
 from .repair_arguments import RepairArguments
+from .repair_checks import check_repair_arguments, check_repairable, logits_of
 from .repair_report import REPORT_FILE, RepairReport
-from .repaired_parts import merge_, start_training_, tuner_layers
+from .repair_saving import SavesRepair
+from .repaired_parts import start_training_, tuner_layers
 
 
 logger = logging.get_logger(__name__)
 
-WEIGHTS_FILE = "repair.safetensors"
 
-
-class RepairTrainer(Trainer):
+class RepairTrainer(SavesRepair, Trainer):
     """
     Trains a hybrid on the forward divergence of its predictions from its teacher's ([`forward_kl`]), on text or on the
     task's own rows, and saves it as an ordinary hybrid checkpoint. `evaluate` and `predict` are the Trainer's.
@@ -84,10 +80,10 @@ class RepairTrainer(Trainer):
         **kwargs,
     ):
         args = RepairArguments("repaired") if args is None else args
-        _check_arguments(args)
+        check_repair_arguments(args)
         if isinstance(model, str):
             model = load_teacher(model, {})
-        _check_model(model, teacher)
+        check_repairable(model, teacher)
         kind = model_kind(model.config, type(model))
         settings = {
             "processing_class": processing_class,
@@ -107,9 +103,16 @@ class RepairTrainer(Trainer):
             check_padding(processing_class, train_dataset, eval_dataset)
         self.teacher, self._is_causal = teacher, kind == "causal_lm"
         self._use_cache = getattr(model.config, "use_cache", None)
-        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        self._dtypes = {name: x.dtype for name, x in (*model.named_parameters(), *model.named_buffers())}
         self._parts = start_training_(model, args)
         model.__dict__["in_repair"] = True  # until it is finalized, nothing of it can be saved
+        try:
+            self._start(model, args, train_dataset, eval_dataset, processing_class, data_collator, kwargs)
+        except BaseException:
+            self._put_back(model)
+            raise
+
+    def _start(self, model, args, train_dataset, eval_dataset, processing_class, data_collator, kwargs):
         self._teacher_weights = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -124,6 +127,9 @@ class RepairTrainer(Trainer):
             data_collator=data_collator,
             **kwargs,
         )
+        if self.teacher is not None:
+            self.teacher.to(args.device)
+        self._check_optimizer(self.optimizer)
         self.model_accepts_loss_kwargs = False
         self.repair_report: RepairReport | None = None
         self._tokens, self._before = 0, {}
@@ -153,6 +159,7 @@ class RepairTrainer(Trainer):
         if self.eval_dataset is not None and not self._before:
             self._before = self._measured()
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._round_weights()
         after = self._measured() if self.eval_dataset is not None else {}
         self.repair_report = RepairReport(
             steps=self.state.global_step,
@@ -169,7 +176,31 @@ class RepairTrainer(Trainer):
         metrics = self.evaluate()
         wanted = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         times = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-        return {name: float(value) for name, value in wanted.items() if name not in times}
+        return {name: float(value) for name, value in wanted.items() if not name.endswith(times)}
+
+    def _round_weights(self) -> None:
+        """
+        Weights as they will be saved, so that what is measured is what is kept. Differences of a repair are small: in
+        half precision many of them are nothing beside the weight.
+        """
+        lost = moved = 0
+        with torch.no_grad():
+            for name, parameter in self.unwrapped.named_parameters():
+                if name not in self._teacher_weights:
+                    continue
+                plain = name.replace(".base_layer.", ".")
+                kept, before = (
+                    parameter.to(self._dtypes[plain]).float(),
+                    self._teacher_weights[name].to(parameter.device),
+                )
+                moved += int((parameter != before).sum())
+                lost += int(((parameter != before) & (kept == before)).sum())
+                parameter.copy_(kept)
+        if lost > moved // 2:
+            logger.warning(
+                f"{lost:,} of {moved:,} changes to mlp and norms are lost when the weights go back to their own type. "
+                "Load the model in float32, or raise weight_learning_rate."
+            )
 
     def _check_output_folder(self) -> None:
         folder = self.args.output_dir
@@ -185,15 +216,15 @@ class RepairTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hybrid = self.unwrapped
-        if not hybrid.is_activation_checkpointing:
-            model.eval()  # dropout in either would be noise in the target
+        for module in hybrid.modules():  # dropout in either would be noise in the target
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
         labels = inputs.get("labels")
         is_encoder_decoder = getattr(hybrid.config, "is_encoder_decoder", False)
         inputs = {k: v for k, v in inputs.items() if k != "labels" or is_encoder_decoder}
         with torch.no_grad(), self._as_teacher(hybrid) as teacher:
-            wanted = teacher(**inputs)["logits"]
+            wanted = logits_of(teacher(**inputs), hybrid)
         outputs = model(**inputs)
-        logits = outputs["logits"]
+        logits = logits_of(outputs, hybrid)
         counted = None
         if logits.ndim == 3:
             is_causal = self._is_causal and not is_encoder_decoder
@@ -218,7 +249,7 @@ class RepairTrainer(Trainer):
         switches = [layer.linear_heads for layer in layers]
         parameters = {name: p for name, p in hybrid.named_parameters() if name in self._teacher_weights}
         learnt = {name: p.data for name, p in parameters.items()}
-        was_training = hybrid.training
+        modes = {module: module.training for module in hybrid.modules()}
         try:
             for layer in layers:
                 layer.linear_heads = ()
@@ -226,7 +257,8 @@ class RepairTrainer(Trainer):
                 tuner._disable_adapters = True  # `enable_adapters` would also freeze what trains
             for name, parameter in parameters.items():
                 parameter.data = self._teacher_weights[name].to(parameter.device)
-            yield hybrid.eval()
+            hybrid.eval()
+            yield hybrid
         finally:
             for layer, heads in zip(layers, switches, strict=True):
                 layer.linear_heads = heads
@@ -234,11 +266,13 @@ class RepairTrainer(Trainer):
                 tuner._disable_adapters = False
             for name, parameter in parameters.items():
                 parameter.data = learnt[name]
-            hybrid.train(was_training)
+            for module, mode in modes.items():
+                module.training = mode
 
     def create_optimizer(self, *args, **kwargs):
         """A learning rate for each part; weight decay as the Trainer gives it."""
         if self.optimizer is not None:
+            self._check_optimizer(self.optimizer)
             return self.optimizer
         rates = {"lora": self.args.learning_rate, "mixers": self.args.mixer_learning_rate}
         decays = set(self.get_decay_parameter_names(self.unwrapped))
@@ -260,133 +294,17 @@ class RepairTrainer(Trainer):
         )
         return self.optimizer
 
-    # --------------------------------------------------------------------------------------------------------- saving
-
-    def finalize(self) -> PreTrainedModel:
-        """End the repair, in place: differences are merged, weights go back to their types. Returns the hybrid."""
-        model = self.unwrapped
-        if not self._finalized:
-            merge_(model)
-            for name, parameter in model.named_parameters():
-                parameter.data = parameter.data.to(self._dtypes[name])
-                parameter.requires_grad_(True)
-                parameter.grad = None
-            if self._use_cache is not None:
-                model.config.use_cache = self._use_cache
-            report = {"trained": list(self.args.trained_parts), "steps": self.state.global_step}
-            model.config.hybrid["repair"] = report
-            del model.__dict__["in_repair"]
-            self._finalized = True
-            model.eval()
-        return model
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        Finalize and save the hybrid (inside a training checkpoint: what trains). Call it on every process; the main one
-        writes.
-        """
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if self._saving_checkpoint:
-            if self.args.should_save:
-                os.makedirs(folder, exist_ok=True)
-                self._save_trained(folder)
+    def _check_optimizer(self, optimizer) -> None:
+        """Refuse one that was made before what trains was there: losses would look normal."""
+        if optimizer is None:
             return
-        model = self.finalize()
-        if not self.args.should_save:
-            return
-        model.save_pretrained(folder)
-        report = self.repair_report
-        if not is_own_card(os.path.join(folder, CARD_FILE)):
-            write_model_card(model, folder, extra="" if report is None else report.markdown())
-        if report is not None:
-            report.save(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def create_model_card(self, *args, **kwargs):
-        """Write `README.md`: the hybrid's own card. (Same arguments as the Trainer's; they are not needed.)"""
-        if self.is_world_process_zero():
-            report = self.repair_report
-            write_model_card(self.unwrapped, self.args.output_dir, extra="" if report is None else report.markdown())
-
-    def _save_checkpoint(self, model, trial):
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """Nothing to push: a checkpoint holds what trains, not a model."""
-
-    def _save_trained(self, folder: str) -> None:
-        tensors = {n: p.detach().cpu().contiguous() for n, p in self.unwrapped.named_parameters() if p.requires_grad}
-        notes = {"tokens": str(self._tokens), "before": json.dumps(self._before), "trained": self.args.trained}
-        path = os.path.join(folder, WEIGHTS_FILE)
-        save_file(tensors, path + ".tmp", metadata=notes)
-        os.replace(path + ".tmp", path)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        path = os.path.join(resume_from_checkpoint, WEIGHTS_FILE)
-        if not os.path.exists(path):
-            raise CheckpointError(f"{resume_from_checkpoint} is no checkpoint of a repair: {WEIGHTS_FILE} is missing.")
-        tensors = load_file(path)
-        own = {name: p for name, p in self.unwrapped.named_parameters() if p.requires_grad}
-        wrong = list({*tensors} ^ {*own}) or [n for n, p in own.items() if tensors[n].shape != p.shape]
-        if wrong:
-            raise CheckpointError(
-                f"{path} was written by a repair that trained other weights ({sorted(wrong)[0]}). Use the arguments of "
-                "that run, or another folder."
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [n for n, p in self.unwrapped.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise HybridConfigError(
+                f"RepairTrainer: optimizers[0] must hold all that trains; it lacks {len(missing)} parameters, the first "
+                f"{missing[0]}. They are made by the trainer: leave `optimizers` out, and choose by `optim` and rates."
             )
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
-        with safe_open(path, "pt") as file:
-            notes = file.metadata() or {}
-        self._tokens, self._before = int(notes.get("tokens", 0)), json.loads(notes.get("before", "{}"))
-
-
-def _check_arguments(args) -> None:
-    if not isinstance(args, RepairArguments):
-        raise HybridConfigError(f"RepairTrainer: args must be RepairArguments; got {type(args).__name__}.")
-    if args.load_best_model_at_end:
-        raise HybridConfigError(
-            "RepairTrainer: load_best_model_at_end must be False; checkpoints hold what trains, not models."
-        )
-    if args.n_gpu > 1:
-        raise HybridConfigError(
-            f"RepairTrainer: one process cannot train on {args.n_gpu} GPUs. Start it with `accelerate launch` or "
-            "`torchrun`, or show it one GPU (CUDA_VISIBLE_DEVICES)."
-        )
-    sharded = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-    if sharded or args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise UnsupportedModelError(
-            "RepairTrainer: weights cannot be sharded (FSDP, DeepSpeed): the teacher is the same model with its switch "
-            "off. Use DistributedDataParallel; a repair trains few weights."
-        )
-
-
-def _check_model(model, teacher) -> None:
-    if not isinstance(model, HybridModelMixin) or not any(x.linear_heads for x in hybrid_layers(model).values()):
-        name = describe(model) if isinstance(model, PreTrainedModel) else type(model).__name__
-        raise HybridConfigError(
-            f"RepairTrainer: the model must be a hybrid with linear heads; got {name}. Convert it (convert_to_hybrid), "
-            "or search first."
-        )
-    if model.training_objective is not None:
-        raise HybridConfigError(
-            "RepairTrainer: the model is in distillation. Call HybridTrainer.finalize() first, or trainer.repair(…)."
-        )
-    if getattr(model, "_hf_peft_config_loaded", False) or tuner_layers(model):
-        raise UnsupportedModelError("RepairTrainer: the model carries an adapter. Merge it (merge_and_unload) first.")
-    trained_before = model.projections != "shared" or model.repaired
-    if teacher is None and trained_before:
-        raise HybridConfigError(
-            f"RepairTrainer: weights of {describe(model)} were trained after the replacement, so that its softmax is "
-            "not its teacher's any more. Pass teacher=, the base model."
-        )
 
 
 __all__ = ["RepairReport", "RepairTrainer"]

@@ -1,5 +1,6 @@
 """`RepairArguments`: transformers' `TrainingArguments` and what a repair adds."""
 
+import os
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -23,7 +24,7 @@ class RepairArguments(TrainingArguments):
         trained (`str`, *optional*, defaults to `"mixers,lora"`):
             Comma-separated names. `mixers`: the parameters of the linear heads; `lora`: low-rank differences to the
             projections of every attention layer, softmax or not, merged at the end; `mlp`: all other linear layers of
-            the model but its output layer; `norms`: the weights of normalisations.
+            the model but its heads; `norms`: the weights of normalisations.
         lora_rank (`int`, *optional*, defaults to 16), lora_alpha (`int`, *optional*, defaults to 32):
             Of the differences.
         mixer_learning_rate (`float`, *optional*, defaults to 1e-3):
@@ -42,6 +43,9 @@ class RepairArguments(TrainingArguments):
         recall_share (`float`, *optional*, defaults to 0.4):
             Share of packed rows in which a passage comes again or a key-value line is asked for. Plain text gives back
             perplexity, these rows give back recall (measured in LOG.md).
+
+    With `gradient_accumulation_steps`, the loss of a step is the mean of those of its batches, each the mean over its own
+    predictions that count.
 
     Changed defaults:
         `learning_rate` 3e-4 (of `lora`), `max_steps` 64, `per_device_train_batch_size` 2, `lr_scheduler_type` cosine,
@@ -94,4 +98,28 @@ class RepairArguments(TrainingArguments):
         return tuple(self.trained.split(","))
 
 
-__all__ = ["PARTS", "RepairArguments"]
+# What a repair takes over from the distillation before it.
+TAKEN_OVER = (
+    *(
+        "use_cpu",
+        "bf16",
+        "fp16",
+        "tf32",
+        "seed",
+        "report_to",
+        "disable_tqdm",
+        "per_device_eval_batch_size",
+        "max_length",
+    ),
+    *("dataset_text_field", "dataloader_num_workers", "dataloader_pin_memory", "gradient_checkpointing"),
+)
+
+
+def repair_arguments(args: TrainingArguments, **overrides) -> RepairArguments:
+    """Of a repair after a distillation: its own settings, with the machine's and the text's as they were."""
+    same = {name: getattr(args, name) for name in TAKEN_OVER}
+    settings = {"output_dir": os.path.join(args.output_dir, "repair"), "save_strategy": "no", **same, **overrides}
+    return RepairArguments(**settings)
+
+
+__all__ = ["PARTS", "RepairArguments", "repair_arguments"]

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters.fingerprint import base_fingerprint
 from ..conversion.layer import hybrid_layers
 from ..errors import HybridConfigError
 from ..modeling_hybrid import describe
@@ -38,6 +39,8 @@ def start_training_(model: PreTrainedModel, args: RepairArguments) -> dict[str, 
         for path, part in module.named_modules()
         if isinstance(part, LINEAR) and not path.startswith(("hybrid.", "hybrid_delta."))
     ]
+    # heads of a task lie outside the base model
+    body = model.base_model_prefix + "." if hasattr(model, model.base_model_prefix) else ""
     head = model.get_output_embeddings()
     inside = tuple(f"{name}." for name in attention)
     names: dict[str, str] = {}
@@ -47,7 +50,7 @@ def start_training_(model: PreTrainedModel, args: RepairArguments) -> dict[str, 
             part = "norms" if _is_norm(module) and ".hybrid." not in f".{path}." else None
         elif _is_norm(module):
             part = "norms"
-        elif isinstance(module, LINEAR) and module is not head:
+        elif isinstance(module, LINEAR) and module is not head and path.startswith(body):
             part = "mlp"
         if part in args.trained_parts:
             names |= {f"{path}.{name}": part for name, _ in module.named_parameters(recurse=False)}
@@ -57,6 +60,9 @@ def start_training_(model: PreTrainedModel, args: RepairArguments) -> dict[str, 
             f"RepairTrainer: lora needs linear projections in the attention layers of {describe(model)}; there are "
             f"none. Choose other parts: trained={args.trained!r}."
         )
+    # of the teacher, before anything changes
+    model.__dict__["repair_fingerprint"] = base_fingerprint(model, hybrid_layers(model))
+    model.__dict__.pop("base_fingerprint", None)
     model.requires_grad_(False)
     if names:
         model.float()  # a step of 1e-5 is nothing beside a weight in bf16

@@ -126,6 +126,8 @@ class SavesMixers:
             known = self.swap_report is not None or self.repair_report is not None
             if known and self.args.should_save and not is_own_card(os.path.join(folder, CARD_FILE)):
                 self._write_card(folder)
+            if self.repair_report is not None and self.args.should_save:
+                self.repair_report.save(folder)
             return
         folder = self.args.output_dir if output_dir is None else output_dir
         if self._saving_checkpoint:

@@ -1,7 +1,6 @@
 """`HybridTrainer`: transformers' `Trainer` that distils every attention layer locally and saves hybrids."""
 
 import itertools
-import os
 
 import torch
 from peft import PeftModel
@@ -23,7 +22,7 @@ from .checks import base_model, check_arguments, check_optimizer, check_start, i
 from .data import check_padding, prepare_dataset
 from .recall_text import is_plain_text, with_recall
 from .repair import RepairTrainer
-from .repair_arguments import RepairArguments
+from .repair_arguments import RepairArguments, repair_arguments
 from .repair_report import RepairReport
 from .resuming import Resumes
 from .saving import SavesMixers
@@ -325,16 +324,21 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
 
         Args:
             train_dataset (*optional*): By default what was distilled on.
-            args (`RepairArguments`, *optional*): By default as they are, with `repair/` in the output folder.
+            args (`RepairArguments`, *optional*): By default as they are, with `repair/` in the output folder, and with
+                this trainer's precision, batch size, device, seed and reports.
             kwargs: Everything else [`RepairTrainer`] takes; `eval_dataset` and the collator are this trainer's.
         """
         data = self.train_dataset if train_dataset is None else train_dataset
-        if args is None:
-            args = RepairArguments(os.path.join(self.args.output_dir, "repair"), use_cpu=self.args.use_cpu)
+        if self.unwrapped.projections != "shared" and kwargs.get("teacher") is None:
+            raise HybridConfigError(
+                f"HybridTrainer.repair: projections={self.unwrapped.projections!r} train beside the mixers, so that the "
+                "finalized model's softmax is not its teacher's. Pass teacher=, the base model."
+            )
+        args = repair_arguments(self.args) if args is None else args
         settings = {
             "eval_dataset": self.eval_dataset,
             "processing_class": self.processing_class,
-            "data_collator": None if train_dataset is None else kwargs.pop("data_collator", None),
+            "data_collator": self.data_collator if train_dataset is None else None,
             "compute_metrics": self.compute_metrics,
             "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
             **kwargs,

@@ -90,6 +90,11 @@ class RowLosses(evaluate.Metric):
                 f"RowLosses: predictions must be [N, 2]; got {list(values.shape)}. Pass trainer_kwargs() to the "
                 "trainer, which also reduces logits."
             )
+        if not np.isfinite(values).all():
+            raise DatasetError(
+                "RowLosses: every row must have a label other than -100, and a finite loss; got "
+                f"{int((~np.isfinite(values)).any(1).sum())} rows without."
+            )
         return self._compute(values[:, 0], values[:, 1])
 
 

@@ -62,4 +62,8 @@ def check_window(config, least: int = 0) -> None:
         check_int(config.name, "num_memory_tokens", memory, 0)
     if not config.window_size:
         object.__setattr__(config, "num_sink_tokens", 0)
-        object.__setattr__(config, "num_memory_tokens", 0)
+        if any(memory) if isinstance(memory, list | tuple) else memory:
+            raise HybridConfigError(
+                f"{config.name}: num_memory_tokens must be 0 where window_size is 0, since a memory takes what leaves a "
+                f"window; got {memory!r}."
+            )

@@ -52,7 +52,7 @@ class LinearAttentionConfig(MixerConfig):
         check_window(self)
 
     def fitted(self, causal: bool) -> "LinearAttentionConfig":
-        return self if causal else dataclasses.replace(self, window_size=0)
+        return self if causal else dataclasses.replace(self, window_size=0, num_memory_tokens=0)
 
 
 @register_mixer

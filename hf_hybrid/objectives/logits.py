@@ -64,10 +64,12 @@ class _ForwardKL(torch.autograd.Function):
             log_p = F.log_softmax(teacher[here].float() / temperature, dim=-1)
             p, weight = log_p.exp(), weights[here].to(log_p.device)
             # 0 log 0 is 0, whatever the student says of a class that the teacher rules out
-            terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
-            total += (terms.sum(-1) * weight).nan_to_num(nan=torch.inf).sum().to(total) * temperature**2
+            terms = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1) * weight
+            counts = weight > 0  # what stands in a row that does not count may be anything, NaN included
+            total += terms.masked_fill(~counts, 0.0).nan_to_num(nan=torch.inf).sum().to(total) * temperature**2
             if grad is not None:
-                grad[here] = (log_q.exp_().sub_(p).mul_((weight * temperature).unsqueeze(-1))).to(grad.dtype)
+                rows = log_q.exp_().sub_(p).mul_((weight * temperature).unsqueeze(-1))
+                grad[here] = rows.masked_fill(~counts.unsqueeze(-1), 0.0).to(grad.dtype)
         ctx.save_for_backward(grad)
         return total
 

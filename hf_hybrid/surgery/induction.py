@@ -32,7 +32,7 @@ def induction_scores(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
         causal sites only.
 
     Raises:
-        DatasetError: If passages are shorter than 32 tokens.
+        DatasetError: If passages are shorter than 32 tokens, or longer than half of what the model reads.
         UnsupportedModelError: If no causal attention of the model can be observed.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] < 32:
@@ -43,7 +43,13 @@ def induction_scores(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
     causal = [site.name for site in find_attention_sites(model) if site.causal]
     if not causal:
         raise UnsupportedModelError(f"induction_scores: {describe(model)} has no causal attention.")
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and 2 * input_ids.shape[1] > longest:
+        raise DatasetError(
+            f"induction_scores: passages are read twice, so that they must be at most {longest // 2} tokens long for "
+            f"{describe(model)}; got {input_ids.shape[1]}. Cut them."
+        )
     convert_to_hybrid(model, SlidingWindowConfig(), layers=causal)
     try:
         observer = _Induction(input_ids.shape[1])
@@ -57,7 +63,8 @@ def induction_scores(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
         for layer in hybrid_layers(model).values():
             layer.local_objective = None
         restore_full_attention(model)
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if not observer.scores:
         raise UnsupportedModelError(
             f"induction_scores: no attention of {describe(model)} shows its queries and keys (it computes its softmax "

@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration_hybrid import AttentionSite
+from ..conversion.probe import probe_attention
 from ..errors import HybridConfigError
 from ..mixers import MixerConfig, build_mixer, resolve_mixer_config
 from ..mixers.checks import check_int
-from .convert import convert_to_hybrid, find_attention_sites
+from .convert import convert_to_hybrid
 from .induction import induction_scores
 
 
@@ -48,7 +49,7 @@ def plan_heads(
     share: float,
     length: int = 4096,
     mixer: str | dict | MixerConfig = "sliding_window",
-    num_kept_heads: int = 0,
+    num_kept_heads: int | float = 0,
     num_memory_tokens: int = 64,
     large_memory_tokens: int | None = None,
     scores: Mapping[str, Sequence[float]] | None = None,
@@ -63,7 +64,8 @@ def plan_heads(
         length (`int`, *optional*, defaults to 4096): Tokens at which the share is counted. The states do not grow.
         mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"sliding_window"`): Of all linear heads. Its
             `num_memory_tokens` is what is planned.
-        num_kept_heads (`int`, *optional*, defaults to 0): Heads that keep their softmax; their cache grows.
+        num_kept_heads (`int` or `float`, *optional*, defaults to 0): Heads that keep their softmax; their cache grows. A
+            number below 1 is a share of all heads, rounded down.
         num_memory_tokens (`int`, *optional*, defaults to 64): Memory of a head that looks up little.
         large_memory_tokens (`int`, *optional*): Memory of a head that looks up much; by default so many that such a
             head holds 1,000 tokens in all. As many heads get it as the budget allows.
@@ -85,16 +87,35 @@ def plan_heads(
     if not 0.0 < share <= 1.0:
         raise HybridConfigError(f"plan_heads: share must be in (0, 1]; got {share!r}.")
     check_int("plan_heads", "length", length, 1)
-    check_int("plan_heads", "num_kept_heads", num_kept_heads, 0)
+    if not isinstance(num_kept_heads, float) or not 0.0 <= num_kept_heads < 1.0:
+        check_int("plan_heads", "num_kept_heads", num_kept_heads, 0)
     check_int("plan_heads", "num_memory_tokens", num_memory_tokens, 1)
     if (scores is None) == (input_ids is None):
         raise HybridConfigError("plan_heads: give either input_ids or scores.")
     if large_memory_tokens is None:
         others = base.window_size + base.num_sink_tokens + base.memory_block_size
         large_memory_tokens = max(1000 - others, num_memory_tokens)
-    sites = {site.name: site for site in find_attention_sites(model) if site.causal}
+    probed = probe_attention(model)
+    sites = {site.name: site for site in probed.sites if site.causal}
     scores = induction_scores(model, input_ids) if scores is None else _checked_scores(scores, sites)
-    sites = {name: site for name, site in sites.items() if name in scores}
+
+    def full_bytes(name):  # of one head; a layer whose host looks back a few tokens caches no more
+        tokens = min(length, probed.windows.get(name) or length)
+        return tokens * (sites[name].head_dim + sites[name].value_dim) * 2
+
+    # a layer whose own cache is no larger than a state is left alone, and counted
+    planned = {
+        name: site
+        for name, site in sites.items()
+        if name in scores and _state_bytes(base, site, num_memory_tokens) < full_bytes(name)
+    }
+    left = sum(full_bytes(name) * sites[name].num_key_value_heads for name in sites if name not in planned)
+    if not planned:
+        raise HybridConfigError(
+            f"plan_heads: every layer's own cache at {length} tokens is smaller than a state of {base!r} with a memory "
+            f"of {num_memory_tokens}. Make windows or memories smaller."
+        )
+    sites = planned
     order = sorted(
         ((name, head) for name in sites for head in range(sites[name].num_key_value_heads)),
         key=lambda place: -scores[place[0]][place[1]],  # stable: of equals the earlier layer's
@@ -103,11 +124,13 @@ def plan_heads(
     for name, site in sites.items():
         for size in {num_memory_tokens, large_memory_tokens}:
             cost[name, size] = _state_bytes(base, site, size)
-        cost[name, None] = length * (site.head_dim + site.value_dim) * 2
-    full = sum(cost[name, None] for name, _ in order)
+        cost[name, None] = full_bytes(name)
+    full = left + sum(cost[name, None] for name, _ in order)
+    if isinstance(num_kept_heads, float):
+        num_kept_heads = int(num_kept_heads * len(order))
     memory: dict[tuple[str, int], int | None] = dict.fromkeys(order, num_memory_tokens)
     memory |= dict.fromkeys(order[:num_kept_heads])
-    spent = sum(cost[place[0], size] for place, size in memory.items())
+    spent = left + sum(cost[place[0], size] for place, size in memory.items())
     if spent > share * full:
         raise HybridConfigError(
             f"plan_heads: {num_kept_heads} kept heads and memories of {num_memory_tokens} beside windows of "
@@ -116,6 +139,8 @@ def plan_heads(
         )
     for place in order[num_kept_heads:]:
         more = cost[place[0], large_memory_tokens] - cost[place[0], num_memory_tokens]
+        if more < 0 or cost[place[0], large_memory_tokens] > cost[place[0], None]:
+            continue  # nothing is won over keeping the softmax
         if spent + more > share * full:
             break
         memory[place], spent = large_memory_tokens, spent + more

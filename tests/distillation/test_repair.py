@@ -17,7 +17,7 @@ from hf_hybrid import (
     convert_to_hybrid,
     restore_full_attention,
 )
-from hf_hybrid.distillation.repair import WEIGHTS_FILE
+from hf_hybrid.distillation.repair_saving import WEIGHTS_FILE
 from hf_hybrid.errors import (
     AlreadyHybridError,
     CheckpointError,
@@ -281,6 +281,70 @@ def test_after_a_distillation_the_trainer_repairs_what_it_found(tmp_path):
     assert again.repaired and len(linear_heads(again)) == 2
 
 
+def test_an_optimizer_made_too_early_is_refused(tmp_path):
+    model = hybrid()
+    early = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with pytest.raises(HybridConfigError, match=r"optimizers\[0\] must hold all that trains"):
+        RepairTrainer(model, arguments(tmp_path), train_dataset=few_rows(), optimizers=(early, None))
+    # and the model is as it was
+    assert all(p.requires_grad for p in model.parameters())
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in hybrid().named_parameters()}
+    model.save_pretrained(tmp_path / "saved")
+
+
+def test_models_without_classes_are_refused(tmp_path):
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 99,
+    }
+    rows = Dataset.from_list([{"input_ids": row} for row in ids().tolist()])
+    encoder = convert_to_hybrid(transformers.BertModel(transformers.BertConfig(**sizes)), "linear_attention")
+    with pytest.raises(UnsupportedModelError, match="gives no logits"):
+        trainer(tmp_path / "a", encoder, data=rows).train()
+    config = transformers.BertConfig(**sizes, num_labels=1)
+    regression = convert_to_hybrid(transformers.BertForSequenceClassification(config), "linear_attention")
+    with pytest.raises(UnsupportedModelError, match=r"logits of shape \[4, 1\]"):
+        trainer(tmp_path / "b", regression, data=rows).train()
+
+
+def test_half_precision_reports_what_it_saves(tmp_path, caplog):
+    model = hybrid().to(torch.bfloat16)
+    repair = trainer(tmp_path, model, trained="norms", eval_dataset=token_dataset(8, seed=2), weight_learning_rate=1e-7)
+    import logging
+
+    with caplog.at_level(logging.WARNING):
+        transformers.utils.logging.enable_propagation()
+        repair.train()
+    assert "changes to mlp and norms are lost" in caplog.text
+    # nothing is left of the changes, and the report says so
+    assert repair.repair_report.before == repair.repair_report.after
+
+
+def test_checkpointing_and_accumulation_change_nothing(tmp_path):
+    plain = trainer(tmp_path / "a", hybrid("gpt2"), data=few_rows(), max_steps=2, recall_share=0.0)
+    plain.train()
+    losses = [entry["loss"] for entry in plain.state.log_history if "loss" in entry]
+    for name, settings in {
+        "checkpointing": {"gradient_checkpointing": True},
+        "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    }.items():
+        other = trainer(tmp_path / name, hybrid("gpt2"), data=few_rows(), max_steps=2, recall_share=0.0, **settings)
+        other.train()
+        found = [entry["loss"] for entry in other.state.log_history if "loss" in entry]
+        assert found == pytest.approx(losses, rel=1e-4), name
+
+
+def test_another_hybrids_checkpoint_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path, **settings).train()
+    other = convert_to_hybrid(tiny_model(seed=1), SMALL_MIXER)
+    with pytest.raises(CheckpointError, match="the repair of another hybrid"):
+        trainer(tmp_path, other, **settings).train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -312,6 +376,8 @@ def test_models_that_cannot_be_repaired(tmp_path):
         trainer(tmp_path, hybrid(mixer="sliding_window"), trained="mixers")
     with pytest.raises(HybridConfigError, match="load_best_model_at_end"):
         trainer(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    with pytest.raises(HybridConfigError, match="bf16_full_eval"):
+        trainer(tmp_path, bf16_full_eval=True)
     with pytest.raises(HybridConfigError, match="args must be RepairArguments"):
         RepairTrainer(hybrid(), transformers.TrainingArguments(str(tmp_path)))
     with pytest.raises(HybridConfigError, match="train_dataset is missing"):

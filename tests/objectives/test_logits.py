@@ -63,6 +63,13 @@ def test_nan_is_not_hidden(backend):
     assert not torch.isfinite(forward_kl(student, torch.zeros(2, 2)))
 
 
+def test_what_does_not_count_may_be_anything(backend):
+    student = torch.tensor([[0.0, float("nan")], [0.0, 1.0]], requires_grad=True)
+    loss = forward_kl(student, torch.zeros(2, 2), torch.tensor([0.0, 1.0]))
+    (grad,) = torch.autograd.grad(loss, student)
+    assert loss.isfinite() and grad[0].tolist() == [0.0, 0.0]
+
+
 def test_shapes_must_agree():
     with pytest.raises(DatasetError, match=r"one shape; got \[2, 3\] and \[2, 4\]"):
         forward_kl(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -149,6 +149,39 @@ def test_gradients_of_kernels_equal_those_of_the_naive_form(size, padded, dtype,
         assert_close(name, own, wanted, 5e-6 if dtype == torch.float32 else 2**-6)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients_reach_through_a_cached_memory(size, cuts, padded, ops_backend):
+    """Of every form: what the second piece attends to are keys of the first."""
+    *sizes, tokens = size
+    valid = padding(tokens) if padded else None
+    found = []
+    for backend in ("naive", "torch", "cpp"):
+        if backend != "naive":
+            ops_backend(backend)
+        tensors = [x.float().requires_grad_() for x in inputs(tokens)]
+        form = naive_memory_attention if backend == "naive" else memory_attention
+        output, _ = in_pieces(form, tensors, cuts, valid, **settings(*sizes))
+        weight = torch.linspace(-1, 1, output.numel()).view_as(output)
+        found.append(torch.autograd.grad((output * weight).sum(), tensors))
+    for grads in found[1:]:
+        for name, own, wanted in zip(("query", "key", "value"), grads, found[0], strict=True):
+            assert_close(name, own, wanted, 5e-6)
+
+
+def test_bf16_beside_a_state_is_the_same_in_pieces():
+    linear = linear_part()
+    for part in linear[:2]:
+        part.to(torch.bfloat16)
+    linear = linear._replace(log_weight=linear.log_weight.detach().bfloat16())
+    tensors, kwargs = inputs(90, torch.bfloat16), settings(6, 2, 9, 4, linear)
+    with torch.no_grad():
+        whole, _ = chunk_memory_attention(*tensors, **kwargs)
+        pieces, _ = in_pieces(memory_attention, tensors, range(1, 90), **kwargs)
+    assert_close("steps", pieces, whole, 2**-8)
+
+
 def test_steps_one_by_one_equal_one_pass(ops_backend):
     for backend in ("torch", "cpp"):
         ops_backend(backend)

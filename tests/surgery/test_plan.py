@@ -72,6 +72,26 @@ def test_the_share_is_what_the_cache_holds(share, kept):
     assert plan.share <= share
 
 
+def test_layers_that_look_back_a_few_tokens_cost_what_they_cost():
+    model = tiny_model("gemma3").to(torch.bfloat16)
+    ids = torch.randint(3, 99, (1, 200))
+    full = cache_bytes(model(input_ids=ids).past_key_values)
+    sites = {site.name: [0.1, 0.2] for site in find_attention_sites(model)}
+    mixer = SlidingWindowConfig(window_size=4, num_sink_tokens=1, memory_block_size=4)
+    plan = plan_heads(
+        model, scores=sites, share=0.6, length=200, mixer=mixer, num_memory_tokens=2, large_memory_tokens=60
+    )
+    assert list(plan.mixers) == ["model.layers.1.self_attn"]  # the others' windows of 8 are smaller than a state
+    held = cache_bytes(plan.convert(model)(input_ids=ids).past_key_values)
+    assert held / full == pytest.approx(plan.share, rel=0.02) and plan.share <= 0.6
+
+
+def test_kept_heads_may_be_a_share():
+    settings = {"scores": RANKED, "share": 0.9, "length": 200, "mixer": MIXER, "num_memory_tokens": 3}
+    few, none = (plan_heads(tiny_model(), num_kept_heads=k, **settings).heads for k in (0.2, 0.1))
+    assert few == {SITES[0]: [1]} and none == {}  # a fifth of six heads is one
+
+
 def test_a_plan_is_saved_and_loaded(tmp_path):
     plan = plan_heads(tiny_model(), scores=RANKED, share=0.5, length=200, mixer=MIXER, num_memory_tokens=3)
     hybrid = plan.convert(tiny_model())
@@ -124,7 +144,9 @@ def test_sizes_are_one_or_one_for_each_head():
     with pytest.raises(HybridConfigError, match="memory_block_size must be an integer >= 1"):
         SlidingWindowConfig(memory_block_size=0)
     assert SlidingWindowConfig(num_memory_tokens=[1, 2]) == SlidingWindowConfig(num_memory_tokens=(1, 2))
-    assert LinearAttentionConfig(window_size=0, num_memory_tokens=5).num_memory_tokens == 0
+    with pytest.raises(HybridConfigError, match="num_memory_tokens must be 0 where window_size is 0"):
+        LinearAttentionConfig(window_size=0, num_memory_tokens=5)
+    assert LinearAttentionConfig(num_memory_tokens=5).fitted(causal=False).num_memory_tokens == 0
     assert dataclasses.asdict(SlidingWindowConfig())["num_memory_tokens"] == 0
 
 

@@ -283,8 +283,8 @@ def _with_state(query, key, value, visible, scale, linear, states):
     with matmul_mode(query, batch * number * rows):
         scores = torch.matmul(query.to(wide), key.to(wide).transpose(-1, -2)) * scale
         scores = scores.masked_fill(hidden, -torch.inf)
-        weights = (scores - scores.amax(-1, keepdim=True)).exp().to(query.dtype)
-        mixed = torch.matmul(weights, F.pad(value, (0, 1), value=1.0)).to(wide)
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        mixed = torch.matmul(weights, F.pad(value.to(wide), (0, 1), value=1.0))
         by_head = query.unflatten(3, (groups, -1)).transpose(2, 3).flatten(1, 2)  # [B, H, n, C, K]
         features = linear.feature_map_q.features(by_head.flatten(2, 3), *linear.feature_map_q.weights())
         features = features.unflatten(2, (number, -1)).unflatten(1, (heads, groups)).to(wide)

@@ -15,8 +15,11 @@ def memory_attention(query, key, value, *, scale, valid=None, state=None, inplac
     """[`naive_memory.naive_memory_attention`] without a linear part. Gradients only without a `state`."""
     settings = (scale, *(sizes[n] for n in ("window_size", "num_sinks", "num_memory_tokens", "memory_block_size")))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        output, *final = _MemoryAttention.apply(settings, query, key, value, valid)
-        return output, MemoryState(*final, None)
+        output, key_sum, seen, chosen = _MemoryAttention.apply(settings, query, key, value, valid)
+        index, held = _places(settings, valid, seen, chosen, key.shape[1])
+        # out of the inputs, so that gradients of what goes on from here reach them
+        kept = (_at(x.transpose(1, 2), index) * held[..., None].to(x.dtype) for x in (key, value))
+        return output, MemoryState(*kept, key_sum, seen, None)
     if state is not None:
         dtypes = (key.dtype, value.dtype, torch.float64, torch.int64)
         state = MemoryState(*(x.to(d).contiguous() for x, d in zip(state[:4], dtypes, strict=True)), None)
@@ -65,6 +68,41 @@ def _arguments(settings, query, key, value, valid):
     return output, structure, [query, key, value, valid, output]
 
 
+def _places(settings, valid, seen, chosen, tokens: int):
+    """
+    Where in the call each place of the final state comes from, int `[B, H_kv, S + M + W + C]`, and whether it is
+    filled; of whole sequences.
+    """
+    _, window, sinks, memory, block = settings
+    batch, heads = chosen.shape[:2]
+    ring, count = window + block, seen[:, None]
+    last = (count - 1).clamp_min(0) // block
+    in_memory = chosen.gather(2, last[:, None, :, None].expand(-1, heads, 1, memory))[:, :, 0].long()  # [B, H_kv, M]
+    # by position, as the state has them: places that are not filled come last
+    in_memory = torch.where(in_memory < 0, tokens, in_memory).sort(-1).values
+    filled = (last * block - window - sinks).clamp(0, memory)
+    slot = torch.arange(ring)
+    latest = count - 1 - (count - 1 - slot) % ring
+    places = torch.cat(
+        [
+            torch.arange(sinks).expand(batch, heads, -1),
+            in_memory,
+            latest[:, None].expand(-1, heads, -1),
+        ],
+        dim=2,
+    )
+    held = torch.cat([torch.arange(sinks) < count, torch.arange(memory) < filled, latest >= 0], dim=1)
+    if valid is not None:  # ranks among the tokens that exist
+        order = (~valid).int().argsort(dim=1, stable=True)
+        places = order[:, None].expand(-1, heads, -1).gather(2, places.clamp(0, tokens - 1))
+    return places.clamp(0, tokens - 1), held[:, None].expand(-1, heads, -1)
+
+
+def _at(x, index):
+    """`x[b, h, index[b, h, :]]`: `[B, H, T, K]` -> `[B, H, P, K]`."""
+    return x.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))
+
+
 class _MemoryAttention(torch.autograd.Function):
     """Keeps the inputs and what the memory held while each block ran; the backward pass makes the weights again."""
 
@@ -83,8 +121,8 @@ class _MemoryAttention(torch.autograd.Function):
         del alive
         ctx.settings = settings
         ctx.save_for_backward(query, key, value, valid, chosen)
-        ctx.mark_non_differentiable(*final[:4])  # as a state that is detached: gradients go through whole sequences
-        return output, *final[:4]
+        ctx.mark_non_differentiable(final.key_sum, final.seen, chosen)
+        return output, final.key_sum, final.seen, chosen
 
     @staticmethod
     @torch.autograd.function.once_differentiable
