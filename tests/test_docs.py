@@ -105,6 +105,19 @@ def test_adapters(names):
     assert list(names["hybrid"].config.hybrid["sites"]) == [f"model.layers.{i}.self_attn" for i in (0, 2)]
 
 
+def test_budgets_and_repairs(names):
+    plan, measures = python_blocks("docs/how_to/budget_and_repair.md")
+    from datasets import Dataset
+
+    names.update(ids=torch.randint(3, 99, (2, 40)).tolist(), text=Dataset.from_dict({"text": names["texts"]}))
+    short = "max_steps=2, max_length=24, report_to=[], use_cpu=True"
+    exec(compile(plan.replace("max_steps=96", short), "budget_and_repair", "exec"), names)
+    assert names["plan"].share <= 0.15
+    assert AutoModelForCausalLM.from_pretrained("hybrid").repaired
+    exec(compile(measures, "budget_and_repair", "exec"), names)
+    assert len(names["before"]) == len(names["after"]) == 2 and "compute_metrics" in names["settings"]
+
+
 def bart():
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "vocab_size": 99}
     more = {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
@@ -122,7 +135,7 @@ def test_paths_that_pages_name_exist():
     pages = [ROOT / "CONTRIBUTING.md", ROOT / "docs/explanation/design.md", ROOT / "README.md"]
     for page in pages:
         for path in re.findall(
-            r"`((?:hf_hybrid|conversion|mixers|ops|distillation|search|adapters|evaluation|hub|cli|surgery|objectives|tests|docs|benchmarks|examples)/[\w/.]*)`",
+            r"`((?:hf_hybrid|conversion|metrics|mixers|ops|distillation|search|adapters|evaluation|hub|cli|surgery|objectives|tests|docs|benchmarks|examples)/[\w/.]*)`",
             page.read_text(),
         ):
             found = [(folder / path).exists() for folder in (ROOT, ROOT / "hf_hybrid", ROOT / "benchmarks")]
