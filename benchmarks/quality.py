@@ -52,7 +52,7 @@ def arguments():
     parser.add_argument("--only", nargs="*", default=list(PLANS), choices=list(PLANS))
     parser.add_argument("--half", default="report", choices=["choose", "report"])
     parser.add_argument("--steps", type=int, help="Of a repair; 2,048 tokens each.")
-    parser.add_argument("--recall_share", type=float, default=0.4)
+    parser.add_argument("--recall_share", type=float, default=0.25)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
     parser.add_argument("--few", action="store_true", help="Perplexity and recall at 1,024 and needles alone.")
     parser.add_argument("--mixer", default="sliding_window")
@@ -228,7 +228,7 @@ def main():
         facts = {"tokens": steps * 2048, "recall_share": args.recall_share, "seed": args.seed, "minutes": minutes}
         changed = [
             f"{name} {getattr(args, name)}"
-            for name, default in (("recall_share", 0.4), ("seed", 0), ("learning_rate", 3e-4), ("steps", None))
+            for name, default in (("recall_share", 0.25), ("seed", 0), ("learning_rate", 3e-4), ("steps", None))
             if getattr(args, name) != default
         ]
         extra = "".join(f", {change}" for change in changed)

@@ -70,7 +70,7 @@ PRESETS = {
             cost="that, and 96 repair steps of 2,048 tokens, each about three teacher forwards",
             mixer=_MEMORY,
             plan=_PLAN,
-            repair={"max_steps": 96, "recall_share": 0.4},
+            repair={"max_steps": 96, "recall_share": 0.25},
         ),
         Preset(
             name="recall",
@@ -78,7 +78,7 @@ PRESETS = {
             cost="as balanced, with twice the cache (30 %)",
             mixer={"name": "sliding_window", "window_size": 256},
             plan={"share": 0.30, "length": 4096, "num_kept_heads": 0.12, "num_memory_tokens": 96},
-            repair={"max_steps": 96, "recall_share": 0.5},
+            repair={"max_steps": 96, "recall_share": 0.4},
         ),
     )
 }

@@ -40,7 +40,7 @@ class RepairArguments(TrainingArguments):
             Column of a dataset that is not tokenised yet (has no `input_ids`).
         max_length (`int`, *optional*, defaults to 1024):
             Tokens per training sequence when such a dataset is packed.
-        recall_share (`float`, *optional*, defaults to 0.4):
+        recall_share (`float`, *optional*, defaults to 0.25):
             Share of packed rows in which a passage comes again or a key-value line is asked for. Plain text gives back
             perplexity, these rows give back recall (measured in LOG.md).
 
@@ -63,7 +63,7 @@ class RepairArguments(TrainingArguments):
     )
     max_length: int = field(default=1024, metadata={"help": "Tokens per packed training sequence."})
     recall_share: float = field(
-        default=0.4, metadata={"help": "Share of packed rows in which something earlier is asked for again."}
+        default=0.25, metadata={"help": "Share of packed rows in which something earlier is asked for again."}
     )
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate of lora."})
