@@ -57,6 +57,10 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/initialization.py --output benchmarks/results/initialization.json
 	$(BIN)/python benchmarks/mixers.py --output benchmarks/results/mixers.json
 	$(BIN)/python benchmarks/ops.py --json benchmarks/results/ops.json
+	$(BIN)/python benchmarks/exact_memory.py --output benchmarks/results/exact_memory.json
+	$(BIN)/python benchmarks/repair_step.py --output benchmarks/results/repair_step.json
+	$(BIN)/python benchmarks/hybrid_speed.py --output benchmarks/results/hybrid_speed.json
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/cards.py
 	$(BIN)/python benchmarks/backbones.py
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from rich.console import Console
+from transformers import TrainingArguments
 
 from ..errors import HybridConfigError
 from ..presets import PRESETS, Preset, get_preset
@@ -30,6 +31,8 @@ class PresetArguments:
         for option in options:
             given = {f.name: getattr(option, f.name) for f in fields(option) if f.init}
             defaults = {f.name: f.default for f in fields(option)}
+            if isinstance(option, TrainingArguments):  # which make something else of some of their defaults
+                defaults = vars(type(option)(option.output_dir))
             changed = {name: value for name, value in given.items() if value not in (defaults[name], None)}
             console.print(f"{type(option).__name__}: {changed}", markup=False, highlight=False)
 

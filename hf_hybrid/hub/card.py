@@ -109,6 +109,7 @@ def write_model_card(
             total=max(number_of_layers(config), len(rows)),
             mixers=", ".join(f"`{mixer}`" for mixer in sorted({row["mixer"] for row in rows})) or "none",
             rows=rows,
+            repaired=bool(config.hybrid.get("repair")),
             report=report,
             extra=extra,
             marker=MARKER,
