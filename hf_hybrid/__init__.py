@@ -15,6 +15,7 @@ from .distillation.repair_report import RepairReport
 from .distillation.trainer import HybridTrainer
 from .evaluation.ablation import ablate, state_share
 from .mixers import (
+    AffineConfig,
     GatedDeltaNetConfig,
     GLAConfig,
     IdentityConfig,
@@ -43,6 +44,7 @@ from .surgery import (
 __version__ = package_version()
 
 __all__ = [
+    "AffineConfig",
     "AttentionSite",
     "GLAConfig",
     "GatedDeltaNetConfig",

@@ -1,6 +1,7 @@
 """One or more settings per registered mixer: every contract runs over all of them."""
 
 from hf_hybrid import (
+    AffineConfig,
     GatedDeltaNetConfig,
     GLAConfig,
     IdentityConfig,
@@ -43,6 +44,7 @@ MIXERS = {
     "jet_block": JetBlockConfig(window_size=4, num_sink_tokens=2, gate_rank=3),
     "jet_block-no_window": JetBlockConfig(window_size=0, gate_rank=3, kernel_size=2),
     "identity": IdentityConfig(),
+    "affine": AffineConfig(),
 }
 # and of layers with two key-value heads, each with a memory of its own size
 MIXERS_OF_TWO_HEADS = {

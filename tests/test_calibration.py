@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_hybrid import HybridTrainer, LinearAttentionConfig, calibrate_mixers, convert_to_hybrid
-from hf_hybrid.conversion.layer import is_hybrid_attention
+from hf_hybrid.conversion.layer import hybrid_layers, is_hybrid_attention
 from hf_hybrid.distillation.calibration import NUM_SINKS, Call, look_back_histogram, median_distance
 from hf_hybrid.errors import HybridConfigError
 from hf_hybrid.mixers import INITIALIZATIONS, GatedDeltaNetConfig, GLAConfig, LightningConfig, build_mixer
@@ -333,3 +333,39 @@ def test_measuring_local_losses_holds_on_to_nothing():
     gc.collect()
     alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape == (3, 23, 32)]
     assert not alive
+
+
+def test_an_affine_map_takes_its_best_fit():
+    """No other map of the layer's input is closer to the softmax's output on the same tokens, and noise is farther."""
+    model = prepare_distillation_(tiny_model(), "affine")
+    batches = [
+        {"input_ids": torch.randint(3, 99, (8, 40), generator=torch.Generator().manual_seed(i))} for i in range(2)
+    ]
+
+    def loss():
+        with torch.no_grad():
+            return sum(model.train()(**batch)["loss"].item() for batch in batches)
+
+    nothing = loss()
+    calibrate_mixers(model, batches)
+    fitted = loss()
+    assert fitted < 0.6 * nothing
+    generator = torch.Generator().manual_seed(0)
+    for layer in hybrid_layers(model).values():
+        with torch.no_grad():
+            layer.hybrid.weight.add_(0.02 * torch.randn(layer.hybrid.weight.shape, generator=generator))
+    assert loss() > fitted
+
+
+def test_padding_is_not_in_an_affine_fit():
+    ids = torch.randint(3, 99, (4, 30), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for padded in (False, True):
+        model = prepare_distillation_(tiny_model(), "affine")
+        batch = {"input_ids": ids}
+        if padded:
+            batch = {"input_ids": torch.cat([ids, torch.zeros(4, 7, dtype=torch.long)], 1)}
+            batch["attention_mask"] = (batch["input_ids"] != 0).long()
+        calibrate_mixers(model, [batch])
+        weights.append(torch.cat([layer.hybrid.weight.flatten() for layer in hybrid_layers(model).values()]))
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)

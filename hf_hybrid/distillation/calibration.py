@@ -34,6 +34,7 @@ def calibrate_mixers(
     *,
     half_lives: bool = True,
     output_scale: bool = True,
+    closed_form: bool = True,
 ) -> None:
     """
     Set the starting values of the mixers of a model that is being distilled, or was converted, in place.
@@ -45,14 +46,15 @@ def calibrate_mixers(
       the whole closest to the softmax's output $y_T$, given what the window adds, $y_W$: $\\langle y_T - y_W, y_S
       \\rangle / \\langle y_S, y_S \\rangle$ (the mixers above, `lightning`, and `linear_attention` without a window).
 
-    Mixers that have neither are left as they are, and cost nothing here.
+    - `closed_form`: a mixer whose best fit has a closed form takes it (`affine`).
+
+    Mixers that have none of these are left as they are, and cost nothing here.
 
     Args:
         model (`PreTrainedModel`): Of `prepare_distillation_` or `convert_to_hybrid`, before training.
         batches (`Iterable[dict]`): Inputs of the model; a few thousand tokens do. Padded and packed rows are read as
             what they are.
-        half_lives (`bool`, *optional*, defaults to `True`), output_scale (`bool`, *optional*, defaults to `True`): What
-            to set.
+        half_lives, output_scale, closed_form (`bool`, *optional*, default to `True`): What to set.
 
     Raises:
         HybridConfigError: If there are no mixers or no batches.
@@ -89,6 +91,10 @@ def calibrate_mixers(
     if output_scale and scaled:
         for mixer, sums in _observe(model, scaled, batches, _least_squares_sums):
             mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
+    solvable = [mixer for mixer in mixers if hasattr(mixer, "fit")]
+    if closed_form and solvable:
+        for mixer, products in _observe(model, solvable, batches, _affine_products):
+            mixer.fit(products)
 
 
 def _decoder_reads_labels(model: PreTrainedModel, batch: dict) -> bool:
@@ -171,6 +177,20 @@ def _attention_weights(call: Call, causal: bool) -> Iterator[tuple[int, slice, t
                 seen = seen & call.valid[row] & call.valid[row, here, None]
             scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
             yield row, here, scores.softmax(-1) * seen
+
+
+def _affine_products(mixer: LinearMixer, call: Call) -> torch.Tensor:
+    """Sums over tokens of [x, 1, y] [x, 1]^T, `[D + 1 + H V, D + 1]`, y being the softmax's output."""
+    groups = call.query.shape[2] // call.key.shape[2]
+    inputs = F.pad(call.hidden_states.float(), (0, 1), value=1.0)
+    sums = inputs.new_zeros(inputs.shape[-1] + call.query.shape[2] * call.value.shape[3], inputs.shape[-1])
+    for row, here, weights in _attention_weights(call, mixer.causal):
+        output = weights @ call.value[row].float().transpose(0, 1).repeat_interleave(groups, dim=0)  # [H, Q, V]
+        x = inputs[row, here]
+        if call.valid is not None:
+            x = x * call.valid[row, here, None]
+        sums += torch.cat([x, output.transpose(0, 1).flatten(1)], dim=1).T @ x
+    return sums
 
 
 def _rank_in_sequence(call: Call) -> torch.Tensor:

@@ -217,6 +217,7 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
         The same on every process, and on any number of them that share the rows of a step.
         """
         wanted = {name: name in self.args.initializations for name in ("half_lives", "output_scale")}
+        wanted["closed_form"] = any(hasattr(layer.hybrid, "fit") for layer in self.distill_sites.values())
         if not any(wanted.values()):
             return
         size, data = self.args.per_device_train_batch_size, self.train_dataset

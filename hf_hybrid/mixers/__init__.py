@@ -1,5 +1,6 @@
 """The mixers. Importing this package registers them; `docs/mixers/` has a card for each."""
 
+from .affine import Affine, AffineConfig
 from .base import LinearMixer, MixerConfig, build_mixer, get_mixer, list_mixers, register_mixer, resolve_mixer_config
 from .checks import INITIALIZATIONS, check_initialization
 from .feature_maps import FeatureMap, get_feature_map, list_feature_maps, register_feature_map
@@ -16,6 +17,8 @@ from .sliding_window import SlidingWindow, SlidingWindowConfig
 __all__ = [
     "GLA",
     "INITIALIZATIONS",
+    "Affine",
+    "AffineConfig",
     "FeatureMap",
     "GLAConfig",
     "GatedDeltaNet",

@@ -132,7 +132,7 @@ def inputs():
 
 
 def test_every_mixer_has_a_definition_here():
-    assert {*RECURRENT, "linear_attention", "sliding_window", "identity"} == set(list_mixers())
+    assert {*RECURRENT, "linear_attention", "sliding_window", "identity", "affine"} == set(list_mixers())
 
 
 @pytest.mark.parametrize(

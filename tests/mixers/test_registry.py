@@ -20,7 +20,7 @@ from hf_hybrid.mixers.feature_maps import FeatureMap, get_feature_map
 
 def test_names_are_listed():
     assert list_mixers() == [
-        "gated_delta_net", "gla", "identity", "jet_block", "kimi_delta", "lightning", "linear_attention", "sliding_window",
+        "affine", "gated_delta_net", "gla", "identity", "jet_block", "kimi_delta", "lightning", "linear_attention", "sliding_window",
     ]  # fmt: skip
     assert list_feature_maps() == ["dpfp", "elu", "hedgehog", "relu", "softmax", "taylor"]
 
