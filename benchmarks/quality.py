@@ -299,7 +299,8 @@ def plot(source: Path):
     kinds = {"training-free": ("o", "C0"), "repaired": ("s", "C2"), "control": ("x", "C3")}
     for axis, (key, field, label) in zip(axes, panels, strict=True):
         for kind, (marker, color) in kinds.items():
-            chosen = [r for n, r in rows.items() if kind in n and "," not in n.split(kind)[-1].replace(", window", "")]
+            # the plans of the frontier; other shapes of the same budget are in the table
+            chosen = [r for n, r in rows.items() if kind in n and "kept" not in n and "window 128" not in n]
             chosen = sorted((r for r in chosen if key in r), key=lambda r: r["share"])
             axis.plot(
                 [100 * r["share"] for r in chosen],
