@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..configuration_hybrid import LinearSite
 from ..conversion.layer import hybrid_layers
 from ..errors import AlreadyHybridError, CheckpointError, HybridError, OutputFolderError
+from ..mixers import MixerConfig
 from ..modeling_hybrid import describe
 from ..surgery import discard_students_, linear_heads, prepare_distillation_
 from . import first_format
@@ -83,6 +84,13 @@ def adapter_config(model: PreTrainedModel) -> HybridPeftConfig:
     switched = linear_heads(model)
     config.linear_heads = {name: list(heads) for name, heads in switched.items()} or None
     return config
+
+
+def with_all_settings(sites: Mapping[str, dict] | None) -> dict[str, dict] | None:
+    """Sites as an adapter's config has them, with the settings that mixers did not have yet when it was written."""
+    if sites is None:
+        return None
+    return {name: {**site, "mixer": MixerConfig.from_dict(site["mixer"]).to_dict()} for name, site in sites.items()}
 
 
 def common_mixer(sites: Mapping[str, LinearSite]) -> dict:
@@ -221,7 +229,8 @@ def load_mixer_bank(model: PreTrainedModel, folder: str | os.PathLike, **hub_kwa
     config.mixer = common_mixer(sites)
     fitted = {name: config.mixer_config.fitted(site.site.causal).to_dict() for name, site in sites.items()}
     kinds = {str(sorted(site.mixer.items())) for site in sites.values()}
-    if any(fitted[name] != site.mixer for name, site in sites.items()):
+    # a file may be older than a setting
+    if any(fitted[name] != MixerConfig.from_dict(site.mixer).to_dict() for name, site in sites.items()):
         raise CheckpointError(f"The mixer bank {folder} must hold one mixer for all its sites; got {len(kinds)}.")
     partial = {
         name: list(site.heads) for name, site in sites.items() if len(site.heads) < site.site.num_key_value_heads

@@ -19,6 +19,7 @@ from ..adapters.bank import (
     load_student_state,
     read_adapter,
     student_state,
+    with_all_settings,
     write_adapter,
 )
 from ..errors import (
@@ -168,6 +169,7 @@ class SavesMixers:
         model, where = self.unwrapped, os.path.join(folder, ADAPTER_CONFIG)
         config, tensors = read_adapter(folder)
         sites, own = check_base(config, model, where), adapter_config(model)
+        config.sites = with_all_settings(config.sites)
         changed = [
             key for key in ("sites", "projections", "projection_rank") if getattr(config, key) != getattr(own, key)
         ]

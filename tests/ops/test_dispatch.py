@@ -126,6 +126,8 @@ def test_mixers_run_in_the_kernels_where_they_can(ops_backend, monkeypatch):
             if name.startswith(("chunk_", "step_", "bidirectional_")) and callable(getattr(module, name)):
                 monkeypatch.setattr(module, name, no_torch)
     for settings in MIXERS.values():
+        if settings.name == "linear_attention" and settings.num_memory_tokens:
+            continue  # a state beside a memory is torch's
         mixer = build_mixer(
             settings, num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=6, hidden_size=32, causal=True
         )
