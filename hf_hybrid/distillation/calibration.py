@@ -91,10 +91,14 @@ def calibrate_mixers(
     if output_scale and scaled:
         for mixer, sums in _observe(model, scaled, batches, _least_squares_sums):
             mixer.scale_output((sums[0] / sums[1].clamp_min(1e-12)).clamp(*SCALE_RANGE))
+    if closed_form:
+        _take_closed_forms(model, mixers, batches)
+
+
+def _take_closed_forms(model: PreTrainedModel, mixers: list[LinearMixer], batches: list[dict]) -> None:
     solvable = [mixer for mixer in mixers if hasattr(mixer, "fit")]
-    if closed_form and solvable:
-        for mixer, products in _observe(model, solvable, batches, _affine_products):
-            mixer.fit(products)
+    for mixer, products in _observe(model, solvable, batches, _affine_products) if solvable else ():
+        mixer.fit(products)
 
 
 def _decoder_reads_labels(model: PreTrainedModel, batch: dict) -> bool:

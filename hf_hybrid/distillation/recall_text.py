@@ -69,6 +69,19 @@ def with_recall(
     return dataset.map(function, features=features, **settings)
 
 
+def recall_rows(dataset, share: float, processing_class, seed: int):
+    """
+    A trainer's rows with something to recall, where they are plain text.
+
+    Returns:
+        `(dataset, share)`: As [`with_recall`] gives it, and the share that was used: 0 for rows of any other kind.
+    """
+    if not share or not is_plain_text(dataset):
+        return dataset, 0.0
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return with_recall(dataset, share, tokenizer, seed), share
+
+
 def _rewrite(row: dict, share: float, tokenizer, seed: int) -> dict:
     ids = np.array(row["input_ids"], dtype=np.int32)
     if not all(row.get("attention_mask", ())):  # padding stays where it is
@@ -124,4 +137,4 @@ def _with_pairs(ids: np.ndarray, tokenizer, rng: np.random.Generator) -> np.ndar
     return np.concatenate([*pieces, ids[start:room], *asked])
 
 
-__all__ = ["check_recall_share", "is_plain_text", "with_recall"]
+__all__ = ["check_recall_share", "recall_rows", "with_recall"]

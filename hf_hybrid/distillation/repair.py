@@ -20,7 +20,7 @@ from ..modeling_hybrid import HybridModelMixin
 from ..objectives.logits import forward_kl, scored_predictions
 from .checks import is_finite, last_complete_checkpoint, load_teacher
 from .data import check_padding, model_kind, prepare_dataset
-from .recall_text import is_plain_text, with_recall
+from .recall_text import recall_rows
 from .repair_arguments import RepairArguments
 from .repair_checks import check_repair_arguments, check_repairable, logits_of
 from .repair_report import REPORT_FILE, RepairReport
@@ -95,18 +95,16 @@ class RepairTrainer(SavesRepair, Trainer):
         }
         train_dataset = prepare_dataset(train_dataset, "train_dataset", **settings, is_training=True)
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", **settings, is_training=False)
-        self.recall_share = args.recall_share if kind == "causal_lm" and is_plain_text(train_dataset) else 0.0
-        if self.recall_share:
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            train_dataset = with_recall(train_dataset, self.recall_share, tokenizer, args.seed)
+        wanted = args.recall_share if kind == "causal_lm" else 0.0
+        train_dataset, self.recall_share = recall_rows(train_dataset, wanted, processing_class, args.seed)
         if data_collator is None:
             check_padding(processing_class, train_dataset, eval_dataset)
         self.teacher, self._is_causal = teacher, kind == "causal_lm"
         self._use_cache = getattr(model.config, "use_cache", None)
         self._dtypes = {name: x.dtype for name, x in (*model.named_parameters(), *model.named_buffers())}
-        self._parts = start_training_(model, args)
         model.__dict__["in_repair"] = True  # until it is finalized, nothing of it can be saved
         try:
+            self._parts = start_training_(model, args)
             self._start(model, args, train_dataset, eval_dataset, processing_class, data_collator, kwargs)
         except BaseException:
             self._put_back(model)
@@ -302,8 +300,8 @@ class RepairTrainer(SavesRepair, Trainer):
         missing = [n for n, p in self.unwrapped.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
             raise HybridConfigError(
-                f"RepairTrainer: optimizers[0] must hold all that trains; it lacks {len(missing)} parameters, the first "
-                f"{missing[0]}. They are made by the trainer: leave `optimizers` out, and choose by `optim` and rates."
+                f"RepairTrainer: optimizers[0] must hold all that trains; it lacks {len(missing)} parameters, the "
+                f"first {missing[0]}. They are made by the trainer: leave `optimizers` out, and choose by `optim` and rates."
             )
 
 

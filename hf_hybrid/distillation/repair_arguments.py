@@ -44,8 +44,8 @@ class RepairArguments(TrainingArguments):
             Share of packed rows in which a passage comes again or a key-value line is asked for. Plain text gives back
             perplexity, these rows give back recall (measured in LOG.md).
 
-    With `gradient_accumulation_steps`, the loss of a step is the mean of those of its batches, each the mean over its own
-    predictions that count.
+    With `gradient_accumulation_steps`, the loss of a step is the mean of those of its batches, each the mean over its
+    own predictions that count.
 
     Changed defaults:
         `learning_rate` 3e-4 (of `lora`), `max_steps` 64, `per_device_train_batch_size` 2, `lr_scheduler_type` cosine,

@@ -20,7 +20,7 @@ from .arguments import HybridTrainingArguments
 from .calibration import calibrate_mixers
 from .checks import base_model, check_arguments, check_optimizer, check_start, is_finite, load_teacher
 from .data import check_padding, prepare_dataset
-from .recall_text import is_plain_text, with_recall
+from .recall_text import recall_rows
 from .repair import RepairTrainer
 from .repair_arguments import RepairArguments, repair_arguments
 from .repair_report import RepairReport
@@ -94,9 +94,8 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
             "seed": args.seed,
         }
         train_dataset = prepare_dataset(train_dataset, "train_dataset", **self._data_settings, is_training=True)
-        if args.recall_share and is_plain_text(train_dataset):
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            train_dataset = with_recall(train_dataset, args.recall_share, tokenizer, args.seed)
+        self._text = train_dataset  # as a repair reads it: with its own share of rows that ask for recall
+        train_dataset, _ = recall_rows(train_dataset, args.recall_share, processing_class, args.seed)
         eval_dataset = prepare_dataset(eval_dataset, "eval_dataset", **self._data_settings, is_training=False)
         if data_collator is None:
             check_padding(processing_class, train_dataset, eval_dataset)
@@ -329,11 +328,11 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
                 this trainer's precision, batch size, device, seed and reports.
             kwargs: Everything else [`RepairTrainer`] takes; `eval_dataset` and the collator are this trainer's.
         """
-        data = self.train_dataset if train_dataset is None else train_dataset
+        data = self._text if train_dataset is None else train_dataset
         if self.unwrapped.projections != "shared" and kwargs.get("teacher") is None:
             raise HybridConfigError(
-                f"HybridTrainer.repair: projections={self.unwrapped.projections!r} train beside the mixers, so that the "
-                "finalized model's softmax is not its teacher's. Pass teacher=, the base model."
+                f"HybridTrainer.repair: projections={self.unwrapped.projections!r} train beside the mixers, so that "
+                "the finalized model's softmax is not its teacher's. Pass teacher=, the base model."
             )
         args = repair_arguments(self.args) if args is None else args
         settings = {

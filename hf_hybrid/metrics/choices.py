@@ -1,6 +1,6 @@
 """
-Multiple choice whose options change places. A converted model may answer "A" whatever is asked, and be right as often as
-the dataset is; asked with its options turned round, it cannot hide.
+Multiple choice whose options change places. A converted model may answer "A" whatever is asked, and be right as often
+as the dataset is; asked with its options turned round, it cannot hide.
 """
 
 import string

@@ -72,8 +72,8 @@ def needles(
         body = _tokens(tokenizer, texts[number % len(texts)])
         if len(body) < room or room < 100:
             raise DatasetError(
-                f"needles: each text must have at least {max(room, 100)} tokens; got {len(body)}. Pass longer texts, or "
-                "another length."
+                f"needles: each text must have at least {max(room, 100)} tokens; got {len(body)}. Pass longer texts, "
+                "or another length."
             )
         body = body[:room]
         names = rng.sample(NAMES, num_needles)

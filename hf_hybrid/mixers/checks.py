@@ -64,6 +64,6 @@ def check_window(config, least: int = 0) -> None:
         object.__setattr__(config, "num_sink_tokens", 0)
         if any(memory) if isinstance(memory, list | tuple) else memory:
             raise HybridConfigError(
-                f"{config.name}: num_memory_tokens must be 0 where window_size is 0, since a memory takes what leaves a "
-                f"window; got {memory!r}."
+                f"{config.name}: num_memory_tokens must be 0 where window_size is 0, since a memory takes what leaves "
+                f"a window; got {memory!r}."
             )

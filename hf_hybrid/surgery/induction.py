@@ -1,5 +1,7 @@
 """Which key-value heads look things up: on a passage read twice, how much they attend to what came next last time."""
 
+import warnings
+
 import torch
 from transformers import PreTrainedModel
 
@@ -21,7 +23,8 @@ def induction_scores(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
     """
     Attention paid, when a passage is read a second time, to the token that followed the current one the first time: the
     mark of an induction head ([In-context Learning and Induction Heads](https://huggingface.co/papers/2209.11895)),
-    without which a model cannot copy from far back. Of the query heads that read one key-value head, the largest counts.
+    without which a model cannot copy from far back. Of the query heads that read one key-value head, the largest
+    counts.
 
     Args:
         model (`PreTrainedModel`): A causal language model, not hybrid; it comes back unchanged.
@@ -50,7 +53,9 @@ def induction_scores(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
             f"induction_scores: passages are read twice, so that they must be at most {longest // 2} tokens long for "
             f"{describe(model)}; got {input_ids.shape[1]}. Cut them."
         )
-    convert_to_hybrid(model, SlidingWindowConfig(), layers=causal)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what a linear layer would lose: none runs
+        convert_to_hybrid(model, SlidingWindowConfig(), layers=causal)
     try:
         observer = _Induction(input_ids.shape[1])
         for name, layer in hybrid_layers(model).items():

@@ -1,5 +1,6 @@
 """
-How much exact attention each key-value head gets, under a budget of cache bytes: without training, from one forward.
+How much exact attention each key-value head gets, under a budget of cache bytes: without training, from one forward
+of each of a few passages.
 
 Perplexity wants a longer window everywhere; recall wants a few heads that can look far back. Heads are ranked by what
 they look up (`induction_scores`); the first keep their softmax, the next get a large memory, all others a small one.
@@ -42,6 +43,7 @@ class HeadPlan:
         return convert_to_hybrid(model, self.mixers, layers=list(self.mixers), heads=self.heads or None)
 
 
+# Longer than most: the bytes of heads, layers and the whole are one sum.
 def plan_heads(
     model: PreTrainedModel,
     input_ids: torch.Tensor | None = None,
@@ -64,8 +66,8 @@ def plan_heads(
         length (`int`, *optional*, defaults to 4096): Tokens at which the share is counted. The states do not grow.
         mixer (`str`, `dict` or `MixerConfig`, *optional*, defaults to `"sliding_window"`): Of all linear heads. Its
             `num_memory_tokens` is what is planned.
-        num_kept_heads (`int` or `float`, *optional*, defaults to 0): Heads that keep their softmax; their cache grows. A
-            number below 1 is a share of all heads, rounded down.
+        num_kept_heads (`int` or `float`, *optional*, defaults to 0): Heads that keep their softmax; their cache grows.
+            A number below 1 is a share of all heads, rounded down.
         num_memory_tokens (`int`, *optional*, defaults to 64): Memory of a head that looks up little.
         large_memory_tokens (`int`, *optional*): Memory of a head that looks up much; by default so many that such a
             head holds 1,000 tokens in all. As many heads get it as the budget allows.
@@ -82,14 +84,7 @@ def plan_heads(
         >>> hybrid = plan.convert(model)
     """
     base = resolve_mixer_config(mixer)
-    if not hasattr(base, "num_memory_tokens") or not base.window_size:
-        raise HybridConfigError(f"plan_heads: mixer must have a window to keep a memory beside; got {base!r}.")
-    if not 0.0 < share <= 1.0:
-        raise HybridConfigError(f"plan_heads: share must be in (0, 1]; got {share!r}.")
-    check_int("plan_heads", "length", length, 1)
-    if not isinstance(num_kept_heads, float) or not 0.0 <= num_kept_heads < 1.0:
-        check_int("plan_heads", "num_kept_heads", num_kept_heads, 0)
-    check_int("plan_heads", "num_memory_tokens", num_memory_tokens, 1)
+    _check(base, share, length, num_kept_heads, num_memory_tokens)
     if (scores is None) == (input_ids is None):
         raise HybridConfigError("plan_heads: give either input_ids or scores.")
     if large_memory_tokens is None:
@@ -144,6 +139,11 @@ def plan_heads(
         if spent + more > share * full:
             break
         memory[place], spent = large_memory_tokens, spent + more
+    return HeadPlan(*_by_layer(memory, sites, base), spent / full, length)
+
+
+def _by_layer(memory, sites, base: MixerConfig) -> tuple[dict[str, MixerConfig], dict[str, list[int]]]:
+    """`mixers` and `heads` of a [`HeadPlan`], from the memory of each head (`None`: it keeps its softmax)."""
     mixers, heads = {}, {}
     for name, site in sites.items():
         of_layer = [memory[name, head] for head in range(site.num_key_value_heads)]
@@ -154,7 +154,18 @@ def plan_heads(
             mixers[name] = dataclasses.replace(base, num_memory_tokens=of_all)
         if 0 < len(linear) < site.num_key_value_heads:
             heads[name] = linear
-    return HeadPlan(mixers, heads, spent / full, length)
+    return mixers, heads
+
+
+def _check(base: MixerConfig, share, length, num_kept_heads, num_memory_tokens) -> None:
+    if not hasattr(base, "num_memory_tokens") or not base.window_size:
+        raise HybridConfigError(f"plan_heads: mixer must have a window to keep a memory beside; got {base!r}.")
+    if not 0.0 < share <= 1.0:
+        raise HybridConfigError(f"plan_heads: share must be in (0, 1]; got {share!r}.")
+    check_int("plan_heads", "length", length, 1)
+    if not isinstance(num_kept_heads, float) or not 0.0 <= num_kept_heads < 1.0:
+        check_int("plan_heads", "num_kept_heads", num_kept_heads, 0)
+    check_int("plan_heads", "num_memory_tokens", num_memory_tokens, 1)
 
 
 def _checked_scores(scores, sites):

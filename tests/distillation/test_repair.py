@@ -345,6 +345,20 @@ def test_another_hybrids_checkpoint_is_refused(tmp_path):
         trainer(tmp_path, other, **settings).train(resume_from_checkpoint=True)
 
 
+def test_a_repair_reads_the_text_that_distillation_read(tmp_path, monkeypatch):
+    """Not its rows that ask for recall, which would be rewritten twice."""
+    rows = Dataset.from_list([{"input_ids": row} for row in ids(16, 100).tolist()])
+    distilled = toy_trainer(
+        tmp_path / "run", train_dataset=rows, arguments={"recall_share": 1.0, "save_strategy": "no"}
+    )
+    assert distilled.train_dataset["input_ids"][:] != rows["input_ids"][:]
+    distilled.swap_layers([0])
+    read = []
+    monkeypatch.setattr(RepairTrainer, "train", lambda self: read.append(self.train_dataset["input_ids"][:]))
+    distilled.repair(args=arguments(tmp_path / "repair", recall_share=0.0))
+    assert read == [rows["input_ids"][:]]
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -373,7 +387,9 @@ def test_models_that_cannot_be_repaired(tmp_path):
         distilled.swap_layers([0])
         trainer(tmp_path, distilled.model)
     with pytest.raises(HybridConfigError, match="nothing of trained='mixers'"):
-        trainer(tmp_path, hybrid(mixer="sliding_window"), trained="mixers")
+        without = hybrid(mixer="sliding_window")
+        trainer(tmp_path, without, trained="mixers")
+    assert all(p.requires_grad for p in without.parameters()) and "in_repair" not in without.__dict__
     with pytest.raises(HybridConfigError, match="load_best_model_at_end"):
         trainer(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
     with pytest.raises(HybridConfigError, match="bf16_full_eval"):

@@ -51,11 +51,9 @@ def chunk_memory_attention(
     linear=None,
     valid=None,
     state=None,
-    choose=None,
 ):
     """
     Blockwise [`naive_memory_attention`]: same arguments, shapes and results. Scores and sums are fp32 or wider.
-    `choose` stands in for [`choose_memories`].
     """
     sizes = {
         "window_size": window_size,
@@ -66,7 +64,7 @@ def chunk_memory_attention(
     if state is None:
         state = empty_memory_state(key, value, **sizes)
     grid = _on_grid(query, key, value, valid, state, **sizes)
-    memory, lost, lost_exists, filled, key_sum = (choose or choose_memories)(grid, state, **sizes)
+    memory, lost, lost_exists, filled, key_sum = choose_memories(grid, state, **sizes)
     pool_key, pool_value, sinks = _pool(grid, state, num_sinks, num_memory_tokens)
     recurrent = None if state.recurrent is None else state.recurrent.to(_wide(query))
     outputs = []

@@ -163,7 +163,6 @@ class WindowArguments(ctypes.Structure):
     ]
 
 
-# the entry points of `kernels.cpp` and what each takes
 class MemoryState(ctypes.Structure):
     _fields_ = [(name, pointer) for name in ("key", "value", "key_sum", "count")]
 
@@ -205,6 +204,7 @@ class DivergenceArguments(ctypes.Structure):
     ]
 
 
+# the entry points of `kernels.cpp` and what each takes
 SIGNATURES = {
     "linear_forward": [ctypes.POINTER(LinearArguments)],
     "bidirectional_forward": [ctypes.POINTER(LinearArguments)],
