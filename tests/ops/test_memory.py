@@ -265,3 +265,26 @@ def test_state_does_not_grow():
     empty = empty_memory_state(tensors[1], tensors[2], **sizes)
     _, state = chunk_memory_attention(*tensors, **kwargs)
     assert [x.shape for x in state[:4]] == [x.shape for x in empty[:4]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_nothing(dtype, padded):
+    """Where heads are fewer than threads, a head's blocks are divided; a part goes through the keys before its own."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 700, heads, 16, generator=generator).to(dtype) for heads in (6, 3, 3)]
+    valid = torch.rand(2, 700, generator=generator) > 0.2 if padded else None
+    kwargs = {"scale": 0.25, "window_size": 16, "num_sinks": 2, "num_memory_tokens": 21, "memory_block_size": 8}
+    first = cpp.memory_attention(*(x[:, :100] for x in tensors), valid=None, **kwargs)[1]
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 4, 5):
+            torch.set_num_threads(count)
+            for state in (None, first):  # as a sequence, and as the rest of one that ended in the middle of a block
+                output, final = cpp.memory_attention(*tensors, valid=valid, state=state, **kwargs)
+                found.append([output, *final[:4]])
+    finally:
+        torch.set_num_threads(threads)
+    for again in (found[2:4], found[4:6]):
+        for one, other in zip(found[:2], again, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))

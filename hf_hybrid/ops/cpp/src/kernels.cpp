@@ -87,8 +87,9 @@ void hf_hybrid_window_backward(const WindowArguments* a) {
 void hf_hybrid_window_step(const WindowArguments* a) { (a->common.dtype ? window_step<bfloat16> : window_step<float>)(*a, own_arena()); }
 
 void hf_hybrid_memory_forward(const MemoryArguments* a) {
-  for_each_in_kind(a->batch, a->kv_heads, a->threads, a->dtype, false, [a](auto number, auto, auto b, auto head, Arena& arena) {
-    memory_forward_task<decltype(number)>(*a, b, head, arena);
+  const ptrdiff_t parts = parts_of(*a);
+  for_each_in_kind(a->batch, a->kv_heads * parts, a->threads, a->dtype, false, [a, parts](auto number, auto, auto b, auto task, Arena& arena) {
+    memory_forward_task<decltype(number)>(*a, b, task / parts, task % parts, parts, arena);
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "window.h"
@@ -109,19 +110,82 @@ static void seen_from(const MemoryArguments& a, const MemorySizes& z, index star
     from[z.ring_column(p)] = int32_t(std::max<index>(p - start, 0));
 }
 
+// The keys and values of a head as its two products want them, kept up to date one column at a time.
+struct ExactColumns {
+  const MemorySizes& z;
+  float *keys_t, *values;
+  static index space(const MemorySizes& z, index) { return z.ldx * z.width + z.width * z.ldv; }
+  ExactColumns(const MemorySizes& sizes, index most, float* space) : z(sizes), keys_t(space), values(space + z.ldx * z.width) {
+    zero(space, ExactColumns::space(z, most));
+  }
+  void set(index column, const float* key, const float* value) {
+    for (index d = 0; d < z.k; d++) keys_t[d * z.width + column] = key[d];
+    std::memcpy(values + column * z.ldv, value, z.ldv * sizeof(float));
+  }
+  void scores(index all, const float* queries, float* share) {
+    multiply(all, z.width, z.k, rows(queries, z.ldx), keys_t, z.width, share, z.width, false);
+  }
+  void mix(index all, const float* share, float* out) { multiply(all, z.ldv, z.width, rows(share, z.width), values, z.ldv, out, z.ldv, false); }
+};
+
+#ifdef HF_HYBRID_PAIRS
+// Of bf16 tokens: keys, values and queries lose nothing, weights are rounded.
+struct PairedColumns {
+  const MemorySizes& z;
+  uint32_t *keys, *values, *left;
+  static index space(const MemorySizes& z, index most) { return (z.ldx * z.width + z.width * z.ldv + most * std::max(z.ldx, z.width)) / 2; }
+  PairedColumns(const MemorySizes& sizes, index most, float* space)
+      : z(sizes), keys(reinterpret_cast<uint32_t*>(space)), values(keys + z.ldx * z.width / 2), left(values + z.width * z.ldv / 2) {
+    zero(space, PairedColumns::space(z, most));
+  }
+  void set(index column, const float* key, const float* value) {
+    const auto bits = [](float x) {  // of a number that is bf16 already
+      uint32_t all;
+      std::memcpy(&all, &x, 4);
+      return all >> 16;
+    };
+    for (index d = 0; d < z.ldx; d += 2) keys[d / 2 * z.width + column] = bits(key[d]) | bits(key[d + 1]) << 16;
+    uint16_t* to = reinterpret_cast<uint16_t*>(values + column / 2 * z.ldv) + column % 2;
+    for (index d = 0; d < z.ldv; d++) to[2 * d] = uint16_t(bits(value[d]));
+  }
+  void scores(index all, const float* queries, float* share) {
+    for (index r = 0; r < all; r++) round_row(queries + r * z.ldx, z.ldx, left + r * z.ldx / 2);
+    multiply_pairs(all, z.width, z.ldx / 2, left, z.ldx / 2, keys, z.width, share, z.width);
+  }
+  void mix(index all, const float* share, float* out) {
+    for (index r = 0; r < all; r++) round_row(share + r * z.width, z.width, left + r * z.width / 2);
+    multiply_pairs(all, z.ldv, z.width / 2, left, z.width / 2, values, z.ldv, out, z.ldv);
+  }
+};
 template <typename T>
-static void memory_forward_task(const MemoryArguments& a, index b, index kv_head, Arena& arena) {
+using ColumnsOf = std::conditional_t<std::is_same_v<T, bfloat16>, PairedColumns, ExactColumns>;
+#else
+template <typename T>
+using ColumnsOf = ExactColumns;
+#endif
+
+// Into how many parts the blocks of a head are divided, so that few heads keep all threads busy. What the memory holds depends on keys alone: a part
+// goes through the keys of the blocks before its own, which costs little, and computes its own.
+static index parts_of(const MemoryArguments& a) {
+  const index blocks = (a.tokens + a.block - 1) / a.block, heads = a.batch * a.kv_heads;
+  return heads % a.threads == 0 ? 1 : std::clamp<index>(blocks / 8, 1, a.threads);
+}
+
+template <typename T>
+static void memory_forward_task(const MemoryArguments& a, index b, index kv_head, index part, index parts, Arena& arena) {
   const MemorySizes z(a);
   const index groups = a.heads / a.kv_heads, most = groups * a.block, head_at = b * a.kv_heads + kv_head;
-  arena.reset(Arena::total({z.width * z.ldx, z.ldx * z.width, z.width * z.ldv, most * z.ldx, most * z.width, most * z.ldv, z.width, 2 * z.k, 2 * z.k,
+  const index space = ColumnsOf<T>::space(z, most);
+  arena.reset(Arena::total({z.width * z.ldx, z.width * z.ldv, space, most * z.ldx, most * z.width, most * z.ldv, z.width, 2 * z.k, 2 * z.k,
                             2 * a.memory * z.k, 2 * a.block * z.k, most}));
-  float *keys = arena.take(z.width * z.ldx), *keys_t = arena.take(z.ldx * z.width), *values = arena.take(z.width * z.ldv);
+  float *keys = arena.take(z.width * z.ldx), *values = arena.take(z.width * z.ldv);
+  ColumnsOf<T> columns(z, most, arena.take(space));
   float *queries = arena.take(most * z.ldx), *share = arena.take(most * z.width), *out = arena.take(most * z.ldv);
   int32_t* from = reinterpret_cast<int32_t*>(arena.take(z.width));
   double *sums = reinterpret_cast<double*>(arena.take(2 * z.k)), *mean = reinterpret_cast<double*>(arena.take(2 * z.k));
   double *units = reinterpret_cast<double*>(arena.take(2 * a.memory * z.k)), *leaving_units = reinterpret_cast<double*>(arena.take(2 * a.block * z.k));
   float* totals = arena.take(most);
-  zero(keys, z.width * z.ldx), zero(keys_t, z.ldx * z.width), zero(values, z.width * z.ldv);
+  zero(keys, z.width * z.ldx), zero(values, z.width * z.ldv);
 
   const std::vector<index> tokens = existing(a, b);
   const index before = a.before.key ? a.before.count[b] : 0, total = before + index(tokens.size());
@@ -129,13 +193,13 @@ static void memory_forward_task(const MemoryArguments& a, index b, index kv_head
   std::vector<float> likeness;
   const auto put = [&](index column, const T* key, const T* value) {
     load_row(key, z.k, keys + column * z.ldx, z.ldx);
-    for (index d = 0; d < z.k; d++) keys_t[d * z.width + column] = keys[column * z.ldx + d];
     load_row(value, z.v, values + column * z.ldv, z.ldv);
+    columns.set(column, keys + column * z.ldx, values + column * z.ldv);
   };
   const auto move = [&](index to, index column) {
     std::memcpy(keys + to * z.ldx, keys + column * z.ldx, z.ldx * sizeof(float));
-    for (index d = 0; d < z.k; d++) keys_t[d * z.width + to] = keys_t[d * z.width + column];
     std::memcpy(values + to * z.ldv, values + column * z.ldv, z.ldv * sizeof(float));
+    columns.set(to, keys + to * z.ldx, values + to * z.ldv);
     source[to] = source[column];
   };
   for (index d = 0; d < z.k; d++) sums[d] = a.before.key ? a.before.key_sum[head_at * z.k + d] : 0.0;
@@ -195,31 +259,37 @@ static void memory_forward_task(const MemoryArguments& a, index b, index kv_head
   };
 
   const index first_block = before / a.block, blocks = (a.tokens + a.block - 1) / a.block;
+  const index all_blocks = total ? (total - 1) / a.block + 1 - first_block : 0;
+  const index own = first_block + all_blocks * part / parts, next_part = first_block + all_blocks * (part + 1) / parts;
   for (index rank = 0; rank < index(tokens.size());) {
     const index position = before + rank, start = position / a.block * a.block, low = position - start;
     const index count = std::min<index>(a.block - low, index(tokens.size()) - rank);
+    const bool is_own = start / a.block >= own;
+    if (start / a.block >= next_part) return;  // the last part leaves the state
     if (low == 0 && start > 0) begin(start);
     for (index i = 0; i < count; i++) {
       const index t = tokens[rank + i], column = z.ring_column(position + i);
       put(column, a.key.at<const T>(b, t, kv_head), a.value.at<const T>(b, t, kv_head));
       source[column] = int32_t(rank + i);
       if (position + i < a.sinks) move(position + i, column);
-      for (index g = 0; g < groups; g++)
+      for (index g = 0; is_own && g < groups; g++)
         load_row(a.query.at<const T>(b, t, kv_head * groups + g), z.k, queries + (g * count + i) * z.ldx, z.ldx);
     }
+    rank += count;
+    if (!is_own) continue;
     if (a.chosen) {
       int32_t* to = a.chosen + (head_at * blocks + start / a.block - first_block) * a.memory;
       for (index j = 0; j < a.memory; j++) to[j] = source[z.lds + j];
     }
     seen_from(a, z, start, from);
     const index all = groups * count;
-    multiply(all, z.width, z.k, rows(queries, z.ldx), keys_t, z.width, share, z.width, false);
+    columns.scores(all, queries, share);
     for (index r = 0; r < all; r++) totals[r] = weights_of(share + r * z.width, z.width, a.scale, from, int32_t(low + r % count));
-    multiply(all, z.ldv, z.width, rows(share, z.width), values, z.ldv, out, z.ldv, false);
+    columns.mix(all, share, out);
     for (index r = 0; r < all; r++)
-      store_row(out + r * z.ldv, 1.0f / totals[r], z.v, a.output.at<T>(b, tokens[rank + r % count], kv_head * groups + r / count));
-    rank += count;
+      store_row(out + r * z.ldv, 1.0f / totals[r], z.v, a.output.at<T>(b, tokens[rank - count + r % count], kv_head * groups + r / count));
   }
+  if (part + 1 < parts) return;
 
   T *new_keys = static_cast<T*>(a.after.key) + head_at * z.slots * z.k, *new_values = static_cast<T*>(a.after.value) + head_at * z.slots * z.v;
   const auto save = [&](index slot, index column) {  // -1: nothing is there

@@ -221,6 +221,64 @@ struct Rounded {
 };
 #endif
 
+#if defined(__AVX512BF16__)
+#define HF_HYBRID_PAIRS 1
+// ---- products of pairs of bf16, without a matrix unit: twice the numbers per instruction, sums in fp32. Two neighbours of a row of A, and of a
+// column of B, lie side by side in 32 bits.
+
+template <int M, int N>
+static inline void pair_tile(index pairs, const uint32_t* a, index lda, const uint32_t* __restrict b, index ldb, float* __restrict c, index ldc) {
+  __m512 r[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) r[i][j] = _mm512_setzero_ps();
+  for (index p = 0; p < pairs; p++) {
+    __m512bh columns[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) columns[j] = (__m512bh)_mm512_loadu_si512(b + p * ldb + j * 16);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; i++) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(int32_t(a[i * lda + p]));
+#pragma GCC unroll 4
+      for (int j = 0; j < N; j++) r[i][j] = _mm512_dpbf16_ps(r[i][j], x, columns[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; j++) _mm512_storeu_ps(c + i * ldc + j * 16, r[i][j]);
+}
+
+template <int N>
+static void pair_panel(index m, index pairs, const uint32_t* a, index lda, const uint32_t* b, index ldb, float* c, index ldc) {
+  for (; m >= TILE_ROWS; m -= TILE_ROWS, a += TILE_ROWS * lda, c += TILE_ROWS * ldc) pair_tile<TILE_ROWS, N>(pairs, a, lda, b, ldb, c, ldc);
+  switch (m) {
+    case 5: return pair_tile<5, N>(pairs, a, lda, b, ldb, c, ldc);
+    case 4: return pair_tile<4, N>(pairs, a, lda, b, ldb, c, ldc);
+    case 3: return pair_tile<3, N>(pairs, a, lda, b, ldb, c, ldc);
+    case 2: return pair_tile<2, N>(pairs, a, lda, b, ldb, c, ldc);
+    case 1: return pair_tile<1, N>(pairs, a, lda, b, ldb, c, ldc);
+  }
+}
+
+// C[m, n] = A[m, 2 pairs] B[2 pairs, n]; n a multiple of 16
+static void multiply_pairs(index m, index n, index pairs, const uint32_t* a, index lda, const uint32_t* b, index ldb, float* c, index ldc) {
+  index j = 0;
+  for (; j + TILE_VECTORS * W <= n; j += TILE_VECTORS * W) pair_panel<TILE_VECTORS>(m, pairs, a, lda, b + j, ldb, c + j, ldc);
+  switch ((n - j) / W) {
+    case 3: return pair_panel<3>(m, pairs, a, lda, b + j, ldb, c + j, ldc);
+    case 2: return pair_panel<2>(m, pairs, a, lda, b + j, ldb, c + j, ldc);
+    case 1: return pair_panel<1>(m, pairs, a, lda, b + j, ldb, c + j, ldc);
+  }
+}
+
+// `size` numbers of a row, a multiple of 32 or of 16, rounded to bf16
+static inline void round_row(const float* from, index size, uint32_t* to) {
+  for (index j = 0; j < size; j += 16) store(reinterpret_cast<bfloat16*>(to) + j, load(from + j));
+}
+#endif
+
 // ---- products with a triangle
 
 // Zeros above the diagonal of [C, C].
