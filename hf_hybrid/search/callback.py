@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..errors import HybridConfigError, MetricError
 from .greedy import SwapReport, Trial, allowed_drop, check_floor, confirm_swaps, greedy_swap, read_metric
+from .holdout import HeldOut, half_of
 from .identity import search_identity
 from .metrics import direction
 from .scoring import TIE_BREAKER, Scorer, evaluate
@@ -26,6 +27,7 @@ SETTINGS = (
     "max_drop",
     "greater_is_better",
     "floor",
+    "confidence",
     "max_layers",
     "keep",
     "reuse_activations",
@@ -58,6 +60,11 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         confirmation_dataset (*optional*): Data beside `eval_dataset`. The search picks the best of hundreds of noisy
             scores; with this, swaps are taken back from the end until the metric holds here too. `"best"` is then
             chosen among the mixtures on the way there that hold here as well.
+        confidence (`float`, *optional*): Promise `max_drop` for data like `confirmation_dataset`, with this
+            probability, such as 0.9: the search itself then keeps to half of the drop, and its swaps are tested on the
+            confirmation rows from the first on, until one is not shown to hold (see [`~search.promise.certify`]).
+            Needs a few hundred rows; says how many if they are too few. What is promised is in
+            `swap_report.promise`.
         reuse_activations (`bool`, *optional*, defaults to `True`): Start every trial at its first changed block, from
             what that block saw before. Exactness is checked on the model at hand; where it does not hold, or where the
             metric function runs the model itself, whole forwards are run.
@@ -80,6 +87,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         max_layers: int | None = None,
         keep: str = "most_linear",
         confirmation_dataset=None,
+        confidence: float | None = None,
         reuse_activations: bool = True,
         max_reuse_bytes: int = 2 << 30,
     ):
@@ -88,7 +96,14 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             raise HybridConfigError(f"GreedyLayerSwapCallback: keep must be 'most_linear' or 'best'; got {keep!r}.")
         if max_layers is not None and (not isinstance(max_layers, int) or max_layers < 1):
             raise HybridConfigError(f"GreedyLayerSwapCallback: max_layers must be at least 1; got {max_layers!r}.")
-        self.metric, self.max_drop, self.floor = metric, max_drop, floor
+        if confidence is not None and not 0 < confidence < 1:
+            raise HybridConfigError(f"GreedyLayerSwapCallback: confidence must be in (0, 1); got {confidence!r}.")
+        if confidence is not None and (floor is not None or allowed_drop(max_drop)[0] == 0):
+            raise HybridConfigError(
+                "GreedyLayerSwapCallback: confidence promises max_drop, which must be above 0, and knows no floor; got "
+                f"max_drop={max_drop!r}, floor={floor!r}."
+            )
+        self.metric, self.max_drop, self.floor, self.confidence = metric, max_drop, floor, confidence
         self.greater_is_better = direction(metric, greater_is_better, "GreedyLayerSwapCallback")
         self.max_layers, self.keep, self.confirmation_dataset = max_layers, keep, confirmation_dataset
         self.reuse_activations, self.max_reuse_bytes = reuse_activations, max_reuse_bytes
@@ -143,6 +158,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         self._check_confirmation_floor(trainer)
         metric, sites = self._metric_key(), list(trainer.distill_sites)
         trace = SwapTrace(os.path.join(trainer.args.output_dir, TRACE_FILE), search_identity(trainer))
+        held_out = self._held_out(trainer)
         score = self._scorer(trainer)
         with _progress(trainer, metric, len(sites)) as (on_trial, say):
 
@@ -156,7 +172,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
                     score,
                     metric=metric,
                     greater_is_better=self.greater_is_better,
-                    max_drop=self.max_drop,
+                    max_drop=self.max_drop if held_out is None else half_of(self.max_drop),
                     floor=self.floor,
                     tie_breaker=TIE_BREAKER,
                     max_layers=self.max_layers,
@@ -164,7 +180,10 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
                     on_trial=on_trial,
                     on_commit=on_commit,
                 )
-                if self._trainers[trainer][1] is not None:
+                if held_out is not None:
+                    held_out.certify(report)
+                    trace.add_event("promised", metric=metric, confirmed=report.confirmed, best=report.best)
+                elif self._trainers[trainer][1] is not None:
                     confirm_swaps(report, lambda swapped: self._confirm(trainer, swapped), self.max_drop, self.floor)
                     trace.add_event("confirmed", metric=metric, confirmed=report.confirmed, best=report.best)
             finally:
@@ -180,7 +199,19 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         logger.info(
             f"Swapped {len(report.most_linear)} of {len(trainer.distill_sites)} layers with {report.metric} within "
             f"{report.floor:.4g} (started at {report.base:.4g}); {report.metric} is best with {len(report.best)}."
+            + ("" if report.promise is None else f" {report.promise.sentence()}")
         )
+
+    def _held_out(self, trainer) -> HeldOut | None:
+        """The rows that a promise is tested on, with the teacher's values; says so if they are too few."""
+        if self.confidence is None:
+            return None
+        trainer.swap_layers([])
+        data, metric = self._trainers[trainer][1], self._metric_key()
+        held_out = HeldOut(trainer, data, metric, self.greater_is_better, self.max_drop, self.confidence)
+        if (advice := held_out.advice()) and trainer.is_world_process_zero():
+            logger.warning(f"GreedyLayerSwapCallback: {advice}")
+        return held_out
 
     def _scorer(self, trainer) -> Scorer:
         return Scorer(trainer, self._metric_key(), self.reuse_activations, self.max_reuse_bytes)
@@ -202,6 +233,10 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             raise MetricError(
                 f"GreedyLayerSwapCallback watches {self.metric!r} on eval_dataset, which is missing. Pass it to "
                 "HybridTrainer."
+            )
+        if self.confidence is not None and self._trainers[trainer][1] is None:
+            raise HybridConfigError(
+                "GreedyLayerSwapCallback: confidence needs a confirmation_dataset: rows that the search does not see."
             )
 
     def _check_confirmation_floor(self, trainer) -> None:

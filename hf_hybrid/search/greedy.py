@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import HybridConfigError, MetricError, closest
+from .promise import Promise
 from .trace import TRACE_FILE, SwapTrace
 
 
@@ -59,6 +60,7 @@ class SwapReport:
         confirmed (`list[str]` or `None`): The longest prefix of `most_linear` that also holds on data the search did
             not choose by, where such data was given.
         confirmations (`list[Trial]`): The evaluations on that data, the teacher's first.
+        promise (`Promise` or `None`): What holds beyond the rows at hand, where that was asked for.
     """
 
     metric: str
@@ -71,6 +73,7 @@ class SwapReport:
     trials: list[Trial]
     confirmed: list[str] | None = None
     confirmations: list[Trial] = dataclasses.field(default_factory=list)
+    promise: Promise | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a JSON file; of the trials only their number."""

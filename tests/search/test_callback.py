@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import Dataset
+
 from hf_hybrid import GreedyLayerSwapCallback
 from hf_hybrid.errors import HybridConfigError, MetricError, OutputFolderError
 
@@ -192,3 +194,76 @@ def test_what_a_loss_of_any_name_does(tmp_path):
     assert by_perplexity.most_linear == by_loss.most_linear and by_perplexity.floor > by_perplexity.base
     with pytest.raises(HybridConfigError, match="greater_is_better must be given for the metric 'quality'"):
         GreedyLayerSwapCallback("quality")
+
+
+def correct_by_layers(trainer_of, wrong_rows):
+    """A metric of single rows: those in `wrong_rows[number of linear layers]` are wrong; rows are told by their first token."""
+
+    def compute_metrics(prediction):
+        wrong = wrong_rows[len(trainer_of[0].swapped_layers())]
+        return {"accuracy": float(np.mean([int(first) not in wrong for first in prediction.label_ids[:, 0]]))}
+
+    return compute_metrics
+
+
+def numbered_rows(count):
+    """Rows whose first token is their number, modulo the vocabulary."""
+    rows = token_dataset(count, seed=9)["input_ids"]
+    rows = [[i, *row[1:]] for i, row in enumerate(rows)]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def test_a_promise_holds_the_search_to_steps_that_are_shown(tmp_path):
+    # on 60 rows: one and two layers cost nothing, three cost half of the rows
+    trainer_of = []
+    metric = correct_by_layers(trainer_of, {0: (), 1: (), 2: (), 3: range(0, 60, 2)})
+    trainer_of.append(toy_trainer(tmp_path, compute_metrics=metric, eval_dataset=numbered_rows(1)))
+    # the row of the search is number 0, which only three layers get wrong: the search stops at two
+    callback = GreedyLayerSwapCallback("accuracy", 0.2, confirmation_dataset=numbered_rows(60), confidence=0.9)
+    report = callback.search(trainer_of[0])
+    assert len(report.most_linear) == 2 and report.confirmed == report.most_linear
+    assert report.promise.rows == 60 and report.promise.exact and len(report.promise.certified) == 2
+    assert [trial.metrics["eval_accuracy"] for trial in report.confirmations] == [1.0, 1.0, 1.0]
+    assert "at most 0.2" in report.promise.sentence()
+    assert json.loads(json.dumps(report.to_dict()))["promise"]["certified"] == report.confirmed
+    assert sorted(trainer_of[0].swapped_layers()) == sorted(report.confirmed)
+
+
+def test_a_step_that_costs_too_much_on_other_rows_is_not_promised(tmp_path):
+    trainer_of = []
+    metric = correct_by_layers(trainer_of, {0: (), 1: (), 2: range(1, 60, 2), 3: ()})
+    trainer_of.append(toy_trainer(tmp_path, compute_metrics=metric, eval_dataset=numbered_rows(1)))
+    callback = GreedyLayerSwapCallback("accuracy", 0.2, confirmation_dataset=numbered_rows(60), confidence=0.9)
+    report = callback.search(trainer_of[0])
+    # row 0 is never wrong: the search goes all the way, the promise does not, though three layers would hold
+    assert len(report.most_linear) == 3 and len(report.confirmed) == 1 and len(report.best) <= 1
+    assert [step["units"] for step in report.promise.tested] == [1, 2]
+    assert len(trainer_of[0].swapped_layers()) == 1
+
+
+def test_a_promise_about_a_loss_is_approximate(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    data = token_dataset(12, seed=9)
+    report = GreedyLayerSwapCallback("eval_loss", 5.0, confirmation_dataset=data, confidence=0.8).search(trainer)
+    assert not report.promise.exact and len(report.confirmed) == 3
+    assert "about 80%" in report.promise.sentence()
+
+
+def test_too_few_rows_for_a_promise_are_said_before_the_search(tmp_path, caplog):
+    trainer_of = []
+    metric = correct_by_layers(trainer_of, {0: (), 1: (), 2: (), 3: ()})
+    trainer_of.append(toy_trainer(tmp_path, compute_metrics=metric, eval_dataset=numbered_rows(1)))
+    callback = GreedyLayerSwapCallback("accuracy", 0.02, confirmation_dataset=numbered_rows(20), confidence=0.9)
+    report = callback.search(trainer_of[0])
+    assert "20 rows are few to promise a drop of at most 0.02" in caplog.text and "rows would do" in caplog.text
+    assert report.promise.certified is None and report.confirmed == [] and trainer_of[0].swapped_layers() == []
+
+
+def test_settings_of_a_promise_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(HybridConfigError, match="confidence must be in"):
+        GreedyLayerSwapCallback("accuracy", confidence=90)
+    with pytest.raises(HybridConfigError, match="promises max_drop"):
+        GreedyLayerSwapCallback("accuracy", floor=0.5, confidence=0.9)
+    trainer = toy_trainer(tmp_path, compute_metrics=accuracy)
+    with pytest.raises(HybridConfigError, match="needs a confirmation_dataset"):
+        GreedyLayerSwapCallback("accuracy", 0.1, confidence=0.9).search(trainer)

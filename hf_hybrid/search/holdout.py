@@ -1,0 +1,79 @@
+"""A search's path on rows it never saw: which of its steps may be promised."""
+
+import numpy as np
+
+from .greedy import SwapReport, Trial, allowed_drop
+from .promise import Promise, bootstrap_drop, certify, certify_corpus, too_few_rows
+from .rows import RowValues, row_values
+
+
+def half_of(max_drop: float | str) -> float | str:
+    """Half of an allowed drop, in the form it was given: what the search keeps to, so that a test can tell."""
+    value, relative = allowed_drop(max_drop)
+    return f"{100 * value / 2}%" if relative else value / 2
+
+
+class HeldOut:
+    """
+    Args:
+        trainer ([`HybridTrainer`]): Its model, as the teacher: no layer is linear.
+        dataset: Prepared rows that the search does not see.
+        metric (`str`), greater_is_better (`bool`), max_drop (`float` or `str`), confidence (`float`): What to promise.
+    """
+
+    def __init__(
+        self, trainer, dataset, metric: str, greater_is_better: bool, max_drop: float | str, confidence: float
+    ):
+        self.trainer, self.dataset, self.metric, self.confidence = trainer, dataset, metric, confidence
+        self.sign = 1.0 if greater_is_better else -1.0
+        self.teacher = row_values(trainer, metric, dataset)
+        value, relative = allowed_drop(max_drop)
+        self.max_drop = value * abs(self.teacher.whole) if relative else value
+        # losses and scores of a corpus have no bound to bet within
+        self.is_bounded = self.teacher.is_mean and self.max_drop < 1 and bool((abs(self.teacher.values) <= 1).all())
+        # rows may come sorted; a bet wants them in an order that says nothing
+        self.order = np.random.default_rng(trainer.args.seed).permutation(len(self.teacher.values))
+
+    def advice(self) -> str | None:
+        """A sentence if the rows are too few for the promise."""
+        return too_few_rows(len(self.order), self.max_drop, self.confidence) if self.is_bounded else None
+
+    def certify(self, report: SwapReport) -> Promise:
+        """
+        Test the prefixes of `report.most_linear`, from the first swap on. Fills `report.promise`, `report.confirmed`
+        and `report.confirmations`, and moves `report.best` to the best of the prefixes that are promised.
+        """
+        path = [report.most_linear[: count + 1] for count in range(len(report.most_linear))]
+        settings = {"metric": self.metric, "max_drop": self.max_drop, "confidence": self.confidence}
+        report.confirmations.append(Trial(0, [], None, {self.metric: self.teacher.whole}))
+
+        def scored(units) -> RowValues:
+            self.trainer.swap_layers(units)
+            hybrid = row_values(self.trainer, self.metric, self.dataset)
+            report.confirmations.append(Trial(len(units), list(units), None, {self.metric: hybrid.whole}))
+            return hybrid
+
+        def drops(units):
+            return (self.sign * (self.teacher.values - scored(units).values))[self.order]
+
+        def bound(units):
+            hybrid = scored(units)
+            of_teacher, of_hybrid = (lambda rows, of=x.of: self.sign * of(rows) for x in (self.teacher, hybrid))
+            # a metric function is called twice for each resample
+            resamples = 2000 if self.teacher.is_mean else 200
+            return bootstrap_drop(
+                of_teacher, of_hybrid, np.arange(len(self.order)), confidence=self.confidence, resamples=resamples
+            )
+
+        if self.is_bounded:
+            report.promise = certify(path, drops, **settings)
+        else:
+            report.promise = certify_corpus(path, bound, rows=len(self.order), **settings)
+        report.confirmed = report.promise.certified or []
+        searched = [report.base, *(trial.metrics[report.metric] for trial in report.commits)]
+        best = max(range(len(report.confirmed) + 1), key=lambda count: (self.sign * searched[count], count))
+        report.best = report.most_linear[:best]
+        return report.promise
+
+
+__all__ = ["HeldOut", "half_of"]
