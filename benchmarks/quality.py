@@ -41,7 +41,7 @@ PLANS = {
     "50": {"share": 0.50, "num_kept_heads": 24, "window_size": 256, "num_memory_tokens": 128, "large": 1600},
     "30": {"share": 0.30, "num_kept_heads": 10, "window_size": 256, "num_memory_tokens": 96, "large": None},
     "15 kept": {"share": 0.15, "num_kept_heads": 10, "window_size": 96, "num_memory_tokens": 32, "large": None},
-    "15": {"share": 0.15, "num_kept_heads": 4, "window_size": 192, "num_memory_tokens": 64, "large": None},
+    "15": {"share": 0.15, "num_kept_heads": 0, "window_size": 192, "num_memory_tokens": 64, "large": None},
     "fixed": {"share": 0.08, "num_kept_heads": 0, "window_size": 160, "num_memory_tokens": 28, "large": None},
 }
 STEPS = {"50": 64, "30": 64, "15 kept": 96, "15": 96, "fixed": 96}

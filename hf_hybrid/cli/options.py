@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import transformers
@@ -186,6 +186,12 @@ class TaskArguments(EvalTextArguments):
 
     def examples(self, task: LabelWordTask):
         return task.dataset([{"text": row[self.text_column], "label": row[self.label_column]} for row in self.rows()])
+
+    def prepared(self, task: LabelWordTask | None, tokenizer, other: str | None = None):
+        """Rows to measure on: `--eval_dataset`, or all of another file or dataset of the same kind."""
+        if other is not None:
+            return replace(self, eval_dataset=other, max_examples=None).prepared(task, tokenizer)
+        return self.sequences(tokenizer) if task is None else self.examples(task)
 
 
 def load_rows(name: str, split: str):

@@ -27,12 +27,13 @@ from .repair_report import RepairReport
 from .resuming import Resumes
 from .saving import SavesMixers
 from .students import put_back, put_mixers
+from .swapping import Swaps
 
 
 logger = logging.get_logger(__name__)
 
 
-class HybridTrainer(Resumes, SavesMixers, Trainer):
+class HybridTrainer(Resumes, SavesMixers, Swaps, Trainer):
     """
     Trains a mixer beside every attention layer of a frozen model, each on the layer's own queries, keys, values and
     outputs ([blockwise local distillation](https://huggingface.co/papers/2411.19146)), and saves the result as a hybrid
@@ -285,38 +286,6 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
 
     # --------------------------------------------------------------------------------------------------------- search
 
-    def swap_layers(self, layers, heads: dict | None = None) -> None:
-        """
-        Make exactly these layers linear; the others keep their softmax.
-
-        Args:
-            layers: Names, or indices among the layers that have a mixer; `None` for those that `heads` names.
-            heads (`dict`, *optional*): Key-value heads by layer; layers that it does not name become linear whole.
-
-        Raises:
-            HybridConfigError: If a layer or head has no mixer.
-        """
-        layers = [layers] if isinstance(layers, int | str) else layers
-        names = list(self.distill_sites)
-        in_range = range(-len(names), len(names))
-
-        def name_of(layer):
-            name = names[layer] if isinstance(layer, int) and layer in in_range else layer
-            if name not in names:
-                raise HybridConfigError(f"swap_layers: {name!r} has no student. Sites: {names[0]} … {names[-1]}.")
-            return name
-
-        some = {name_of(layer): chosen for layer, chosen in (heads or {}).items()}
-        if len(some) < len(heads or {}):
-            raise HybridConfigError(f"swap_layers: heads name a layer twice; got {heads!r}. Name each layer once.")
-        wanted = some if layers is None else {name: some.get(name) for name in map(name_of, layers)}
-        extra = [name for name in some if name not in wanted]
-        if extra:
-            raise HybridConfigError(
-                f"swap_layers: heads are given for {extra[0]!r}, which is not among the layers. Add it."
-            )
-        set_linear_heads_(self.unwrapped, wanted)
-
     def repair(self, train_dataset=None, args: RepairArguments | None = None, **kwargs) -> RepairReport:
         """
         Finalize the model as the switch stands and train it on its teacher's predictions, see [`RepairTrainer`]. Then
@@ -349,10 +318,6 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
         self.repair_report = repairer.repair_report
         return self.repair_report
 
-    def swapped_layers(self) -> list[str]:
-        """Names of the layers of which some heads are linear now."""
-        return list(linear_heads(self.unwrapped))
-
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As the Trainer's; text is tokenised and packed on the way."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
@@ -374,27 +339,6 @@ class HybridTrainer(Resumes, SavesMixers, Trainer):
             handler.callbacks = callbacks
             del self.state.log_history[history:]
 
-    def add_callback(self, callback):
-        super().add_callback(callback)
-        self._link_callbacks()
-
-    def _load_callback_state(self):
-        data = {
-            type(c): c.confirmation_dataset
-            for c in self.callback_handler.callbacks
-            if hasattr(c, "confirmation_dataset")
-        }
-        super()._load_callback_state()
-        for callback in self.callback_handler.callbacks:  # restored from settings; data is not among them
-            if type(callback) in data and callback.confirmation_dataset is None:
-                callback.confirmation_dataset = data[type(callback)]
-        self._link_callbacks()
-
     def prepare_dataset(self, dataset, name: str):
         """A dataset as this trainer wants it: checked, and tokenised and packed if it is text."""
         return prepare_dataset(dataset, name, **self._data_settings, is_training=False)
-
-    def _link_callbacks(self):
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "set_trainer"):
-                callback.set_trainer(self)

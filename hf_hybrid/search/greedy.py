@@ -61,6 +61,7 @@ class SwapReport:
             not choose by, where such data was given.
         confirmations (`list[Trial]`): The evaluations on that data, the teacher's first.
         promise (`Promise` or `None`): What holds beyond the rows at hand, where that was asked for.
+        layer_forwards (`float` or `None`): What a search by rows cost, in units of one block on one row.
     """
 
     metric: str
@@ -74,11 +75,18 @@ class SwapReport:
     confirmed: list[str] | None = None
     confirmations: list[Trial] = dataclasses.field(default_factory=list)
     promise: Promise | None = None
+    layer_forwards: float | None = None
+
+    @property
+    def path(self) -> list[list[str]]:
+        """The committed sets, smallest first, the empty one at the front. An exchange may take a unit back."""
+        return [[], *(list(trial.swapped) for trial in self.commits)]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a JSON file; of the trials only their number."""
         result = dataclasses.asdict(self)
         result["trials"] = len(self.trials)
+        result["floor"] = self.floor if math.isfinite(self.floor) else None  # JSON knows no infinity
         return result
 
 
@@ -102,8 +110,10 @@ def allowed_drop(max_drop: float | str) -> tuple[float, bool]:
     return value, relative
 
 
-def floor_of(base: float, max_drop: float | str, greater_is_better: bool) -> float:
-    """The worst allowed value of a metric that starts at `base` (for a loss: the largest)."""
+def floor_of(base: float, max_drop: float | str | None, greater_is_better: bool) -> float:
+    """The worst allowed value of a metric that starts at `base` (for a loss: the largest); infinite without a limit."""
+    if max_drop is None:
+        return -math.inf if greater_is_better else math.inf
     drop, relative = allowed_drop(max_drop)
     drop = drop * abs(base) if relative else drop
     return base - drop if greater_is_better else base + drop
@@ -157,7 +167,7 @@ def greedy_swap(
     *,
     metric: str,
     greater_is_better: bool,
-    max_drop: float | str = 0.02,
+    max_drop: float | str | None = 0.02,
     floor: float | None = None,
     tie_breaker: str | None = "eval_loss",
     max_layers: int | None = None,
@@ -173,7 +183,7 @@ def greedy_swap(
         score (`Callable`): Takes the list of swapped layers, returns the metrics of the model so mixed.
         metric (`str`), greater_is_better (`bool`): What to watch, and its direction.
         max_drop (`float` or `str`, *optional*, defaults to 0.02): How much worse than at the start the metric may get:
-            in its own units, or `"2%"` of its starting value.
+            in its own units, or `"2%"` of its starting value; `None` for no limit.
         floor (`float`, *optional*): The worst allowed value itself; takes the place of `max_drop`.
         tie_breaker (`str`, *optional*, defaults to `"eval_loss"`): Among equal metrics, the candidate with the smaller
             value of this one wins, where it is returned. Accuracy on a small validation set ties often.
@@ -199,7 +209,12 @@ def greedy_swap(
     )
     if trace:
         trace.add_event(
-            "result", metric=metric, best=report.best, most_linear=report.most_linear, base=base, floor=report.floor
+            "result",
+            metric=metric,
+            best=report.best,
+            most_linear=report.most_linear,
+            base=base,
+            floor=report.to_dict()["floor"],
         )
     return report
 
@@ -216,7 +231,7 @@ class _Search:
         self.swapped: list[str] = []
         self.best: list[str] = []
 
-    def start(self, max_drop: float | str, floor: float | None) -> float:
+    def start(self, max_drop: float | str | None, floor: float | None) -> float:
         """The metric before any swap; fixes the floor."""
         first = self._run(0, [], None, 0)
         base = first.metrics[self.metric]
@@ -270,7 +285,7 @@ class _Search:
 
 
 def confirm_swaps(
-    report: SwapReport, score: Callable[[list[str]], Metrics], max_drop: float | str, floor: float | None = None
+    report: SwapReport, score: Callable[[list[str]], Metrics], max_drop: float | str | None, floor: float | None = None
 ) -> None:
     """
     Walk back from `report.most_linear` to the longest prefix whose metric holds on other data, by the same rule: as far
@@ -285,7 +300,7 @@ def confirm_swaps(
 
     def value(count: int) -> float:
         if count not in values:
-            swapped = report.most_linear[:count]
+            swapped = report.path[count]
             metrics = score(swapped)
             values[count] = read_metric(metrics, report.metric, f"confirmation of {count} swaps")
             read = {**_numbers(metrics), report.metric: values[count]}
@@ -296,16 +311,16 @@ def confirm_swaps(
         floor = floor_of(value(0), max_drop, report.greater_is_better)
     else:
         check_floor(report.metric, value(0), floor, report.greater_is_better, " on the confirmation data")
-    count = len(report.most_linear)
+    count = len(report.path) - 1
     while not _holds(value(count), floor, report.greater_is_better):  # the teacher does, so that this ends
         count -= 1
-    report.confirmed = report.most_linear[:count]
+    report.confirmed = report.path[count]
 
     sign = 1.0 if report.greater_is_better else -1.0
     searched = [report.base, *(trial.metrics[report.metric] for trial in report.commits)]
     best_first = sorted(range(count + 1), key=lambda k: (sign * searched[k], k), reverse=True)
     best = next(k for k in best_first if _holds(value(k), floor, report.greater_is_better))
-    report.best = report.most_linear[:best]
+    report.best = report.path[best]
 
 
 def _holds(value: float, floor: float, greater_is_better: bool) -> bool:

@@ -1,14 +1,19 @@
 """A search's path on rows it never saw: which of its steps may be promised."""
 
+from typing import Any
+
 import numpy as np
 
+from .by_rows import switch_to
 from .greedy import SwapReport, Trial, allowed_drop
 from .promise import Promise, bootstrap_drop, certify, certify_corpus, too_few_rows
 from .rows import RowValues, row_values
 
 
-def half_of(max_drop: float | str) -> float | str:
+def half_of(max_drop: float | str | None) -> float | str | None:
     """Half of an allowed drop, in the form it was given: what the search keeps to, so that a test can tell."""
+    if max_drop is None:
+        return None
     value, relative = allowed_drop(max_drop)
     return f"{100 * value / 2}%" if relative else value / 2
 
@@ -40,15 +45,15 @@ class HeldOut:
 
     def certify(self, report: SwapReport) -> Promise:
         """
-        Test the prefixes of `report.most_linear`, from the first swap on. Fills `report.promise`, `report.confirmed`
-        and `report.confirmations`, and moves `report.best` to the best of the prefixes that are promised.
+        Test the steps of `report.path`, from the first swap on. Fills `report.promise`, `report.confirmed`
+        and `report.confirmations`, and moves `report.best` to the best of the steps that are promised.
         """
-        path = [report.most_linear[: count + 1] for count in range(len(report.most_linear))]
-        settings = {"metric": self.metric, "max_drop": self.max_drop, "confidence": self.confidence}
+        path = report.path[1:]
+        settings: dict[str, Any] = {"metric": self.metric, "max_drop": self.max_drop, "confidence": self.confidence}
         report.confirmations.append(Trial(0, [], None, {self.metric: self.teacher.whole}))
 
         def scored(units) -> RowValues:
-            self.trainer.swap_layers(units)
+            switch_to(self.trainer, units)
             hybrid = row_values(self.trainer, self.metric, self.dataset)
             report.confirmations.append(Trial(len(units), list(units), None, {self.metric: hybrid.whole}))
             return hybrid
@@ -71,8 +76,9 @@ class HeldOut:
             report.promise = certify_corpus(path, bound, rows=len(self.order), **settings)
         report.confirmed = report.promise.certified or []
         searched = [report.base, *(trial.metrics[report.metric] for trial in report.commits)]
-        best = max(range(len(report.confirmed) + 1), key=lambda count: (self.sign * searched[count], count))
-        report.best = report.most_linear[:best]
+        held = sum(step["units"] <= len(report.confirmed) for step in report.promise.tested) + 1
+        best = max(range(held), key=lambda count: (self.sign * searched[count], count))
+        report.best = report.path[best]
         return report.promise
 
 

@@ -30,9 +30,9 @@ def betting_wealth(drops: np.ndarray, max_drop: float, confidence: float = 0.9) 
     Wealth of a bettor against "the expected drop is `max_drop` or more". If that is so, the wealth exceeds $1/\alpha$
     at any time with probability at most $\alpha$ (Ville): it is then safe to believe the opposite, whenever one looks.
 
-    $W_t = W_{t-1} (1 + \lambda_t (\delta - r_t))$. The stake $\lambda_t$ may depend on earlier rows only. Here it is the
-    one that would reach $1/\alpha$ with the rows that are left if the true drop were 0, and never less than Kelly's:
-    with few rows, boldness finds more than growth does.
+    $W_t = W_{t-1} (1 + \lambda_t (\delta - r_t))$. The stake $\lambda_t$ may depend on earlier rows only. Here it is
+    the one that would reach $1/\alpha$ with the rows that are left if the true drop were 0, and never less than
+    Kelly's: with few rows, boldness finds more than growth does.
 
     Args:
         drops (`np.ndarray`): By how much the hybrid is worse than its teacher on each row, in [-1, 1]; rows along the

@@ -1,4 +1,4 @@
-"""The metric of a mixture row by row, by the Trainer's own evaluation: what a promise needs where a search has a mean."""
+"""The metric of a mixture row by row, by the Trainer's own evaluation: a promise needs more than a mean."""
 
 import contextlib
 from collections.abc import Callable, Iterator

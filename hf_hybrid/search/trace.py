@@ -37,6 +37,8 @@ class SwapTrace:
         self._known: dict[tuple[str, ...], dict[str, float]] = {
             _key(row["swapped"]): row["metrics"] for row in lines if row["type"] == "trial"
         }
+        # values of single rows, of searches that race
+        self.rows: list[dict[str, Any]] = [row for row in lines if row["type"] == "rows"]
         self._rows = {json.dumps(row, sort_keys=True) for row in lines}
 
     def _read(self) -> list[dict]:
@@ -91,6 +93,10 @@ class SwapTrace:
         """Keep a trial; `entries` (its round and candidate) are for readers of the file."""
         self._known[_key(swapped)] = metrics
         self._append({"type": "trial", **entries, "swapped": swapped, "metrics": metrics})
+
+    def add_rows(self, units: list[str], rows: list[int], values: list[list[float]]) -> None:
+        """Keep what single rows scored under a set of units."""
+        self._append({"type": "rows", "units": units, "rows": rows, "values": values})
 
     def add_event(self, kind: str, **entries) -> None:
         """A line for readers of the file: a commit, a result."""

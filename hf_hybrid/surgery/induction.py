@@ -57,19 +57,27 @@ def induction_scores(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[st
         warnings.simplefilter("ignore")  # of what a linear layer would lose: none runs
         convert_to_hybrid(model, SlidingWindowConfig(), layers=causal)
     try:
-        observer = _Induction(input_ids.shape[1])
+        model.eval()
+        return observed_induction(model, input_ids)
+    finally:
+        restore_full_attention(model)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def observed_induction(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, list[float]]:
+    """The same of a model whose attention layers have mixers, in eval mode, with all heads softmax."""
+    observer = _Induction(input_ids.shape[1])
+    try:
         for name, layer in hybrid_layers(model).items():
             observer.names[layer] = name
             layer.local_objective = observer
-        model.eval()
         for passage in input_ids.to(model.device).split(1):
             model(input_ids=torch.cat([passage, passage], dim=1), use_cache=False)
     finally:
         for layer in hybrid_layers(model).values():
             layer.local_objective = None
-        restore_full_attention(model)
-        for module, mode in modes.items():
-            module.training = mode
     if not observer.scores:
         raise UnsupportedModelError(
             f"induction_scores: no attention of {describe(model)} shows its queries and keys (it computes its softmax "

@@ -75,9 +75,10 @@ def test_distill_search_evaluate_benchmark(teacher, capsys):
     # again into the same folder: refused; continued: nothing is scored twice, the result is the same
     assert run(*search) == 1
     assert "holds another run" in capsys.readouterr().err
-    before = (out / "swap_trace.jsonl").read_text().count('"type": "trial"')
+    before = (out / "swap_trace.jsonl").read_text()
+    assert '"type": "rows"' in before
     assert run(*search, "--resume") == 0
-    assert (out / "swap_trace.jsonl").read_text().count('"type": "trial"') == before
+    assert (out / "swap_trace.jsonl").read_text() == before
 
 
 def test_models_are_measured_where_the_machine_is_fastest(teacher):
@@ -100,6 +101,15 @@ def test_search_on_label_words(teacher, capsys):
     search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, *task, *QUIET]
     assert run(*search, "--max_drop", "0.5", "--max_layers", 1, "--output_dir", teacher / "out") == 0
     assert "Swapped 1 of 3 layers, eval_accuracy" in capsys.readouterr().out
+    # by head, within a share of the cache, with a promise about other rows
+    by_head = ["--granularity", "head", "--cache_share", 0.6, "--confirmation_dataset", rows, "--confidence", 0.9]
+    assert run(*search, *by_head, "--max_drop", "0.9", "--output_dir", teacher / "heads") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of 6 heads, eval_accuracy" in printed and "blocks ran" in printed
+    assert "With 90% confidence, on data like these 60 rows, eval_accuracy drops by at most 0.9" in printed
+    assert AutoModelForCausalLM.from_pretrained(teacher / "heads").config.hybrid["sites"]
+    assert run(*search, *by_head, "--max_drop", "none", "--output_dir", teacher / "none") == 1
+    assert "takes back swaps that break max_drop or floor; got neither" in " ".join(capsys.readouterr().err.split())
 
 
 def test_search_is_told_the_direction_of_a_metric(teacher, capsys):
@@ -107,6 +117,7 @@ def test_search_is_told_the_direction_of_a_metric(teacher, capsys):
     bank, rows, model = teacher / "bank", teacher / "rows.jsonl", teacher / "teacher"
     assert run("distill", model, "--dataset", rows, "--output_dir", bank, "--window_size", 4, *QUICK) == 0
     search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, "--eval_length", 24, "--max_layers", 1]
+    search += ["--strategy", "greedy"]
     first = {}
     for given in ("false", "true"):
         out = teacher / given

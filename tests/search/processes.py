@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -17,6 +18,7 @@ from hf_hybrid.errors import HybridError  # noqa: E402
 from hf_hybrid.search.ranks import all_agree, from_rank_zero, gathered, rank  # noqa: E402
 
 import conftest  # noqa: E402, F401 - offline, one thread
+from conftest import token_dataset  # noqa: E402
 from helpers import toy_trainer  # noqa: E402
 
 
@@ -120,6 +122,32 @@ def refusals():
     }
 
 
+def rows():
+    """A race by rows and a promise: rows are spread over the processes, and all of them get all values."""
+    found = {}
+    data = {"compute_metrics": first_logit, "eval_dataset": token_dataset(7, seed=5)}
+    for name, size in (("rows", 1), ("rows_of_two", 2)):
+        of = trainer(name, arguments={"per_device_eval_batch_size": size}, **data)
+        other = token_dataset(5, seed=6)
+        settings = {"granularity": "head", "max_layers": 4, "confirmation_dataset": other, "confidence": 0.5}
+        report = of.search("accuracy", 0.9, **settings)
+        found[name] = {**report.to_dict(), "heads": {k: list(v.linear_heads) for k, v in of.distill_sites.items()}}
+    path = FOLDER / "rows" / "swap_trace.jsonl"
+    gathered(None)
+    lines = path.read_text().splitlines()
+    gathered(None)
+    if rank() == 0:  # killed in the middle of a line
+        path.write_text("\n".join(lines[:9]) + "\n" + lines[9][:20])
+    gathered(None)
+    again = trainer("rows", **data)
+    found["again"] = again.search("accuracy", 0.9, **settings).to_dict()
+    return found
+
+
+def first_logit(prediction):
+    return {"accuracy": float(1 / (1 + np.exp(-prediction.predictions[:, 0, :5].mean())))}
+
+
 def agreement():
     broken = "nothing"
     try:
@@ -136,6 +164,7 @@ def agreement():
 
 if __name__ == "__main__":
     trainer("start")  # starts the process group
-    results = {function.__name__: function() for function in (agreement, memory, trace, refusals)}
-    with open(FOLDER / f"rank{os.environ['RANK']}.json", "w") as file:
+    functions = (rows,) if "RANK" not in os.environ else (agreement, memory, trace, refusals, rows)
+    results = {function.__name__: function() for function in functions}
+    with open(FOLDER / f"rank{os.environ.get('RANK', 'alone')}.json", "w") as file:
         json.dump(results, file)

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-
 from datasets import Dataset
 
 from hf_hybrid import GreedyLayerSwapCallback

@@ -82,7 +82,7 @@ def test_allowed_drop(given, expected):
     assert allowed_drop(given) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("given", [-0.1, "x", "-2%", math.nan, math.inf, None])
+@pytest.mark.parametrize("given", [-0.1, "x", "-2%", math.nan, math.inf, [1]])
 def test_a_senseless_drop_is_refused(given):
     with pytest.raises(HybridConfigError, match="max_drop must be a number >= 0"):
         search(max_drop=given)

@@ -34,6 +34,30 @@ def results(tmp_path_factory):
     return [json.loads((folder / f"rank{number}.json").read_text()) for number in (0, 1)]
 
 
+def test_a_race_on_two_processes_is_that_of_one(results, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = json.loads((tmp_path / "rankalone.json").read_text())["rows"]
+    first, second = (result["rows"] for result in results)
+    assert first == second and len(first["rows"]["most_linear"]) == 4
+    for name in ("rows", "rows_of_two"):
+        for key in ("most_linear", "confirmed", "heads", "best"):
+            assert first[name][key] == alone[name][key], (name, key)
+        for one, other in zip(first[name]["commits"], alone[name]["commits"], strict=True):
+            assert one["metrics"] == pytest.approx(other["metrics"], abs=1e-6)
+    for ranks in (first, second):  # after a kill, from rank 0's trace
+        before, again = dict(ranks["rows"]), dict(ranks["again"])
+        assert again.pop("layer_forwards") < before.pop("layer_forwards")
+        assert before.pop("heads") and again == before
+
+
 def test_what_processes_tell_each_other(results):
     for result in results:
         agreement = result["agreement"]
