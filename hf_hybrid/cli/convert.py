@@ -1,6 +1,7 @@
 """`hf-hybrid convert`: a model becomes a hybrid without a search."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,8 @@ from ..distillation.data import pack_text
 from ..errors import DatasetError, HybridConfigError, OutputFolderError
 from ..mixers import MixerConfig
 from ..modeling_hybrid import describe
+from ..search.row_scorer import heads_of
+from ..search.trace import steps_of
 from ..surgery import (
     HeadPlan,
     convert_to_hybrid,
@@ -41,6 +44,13 @@ class ConvertArguments:
         },
     )
     mixer_bank: str | None = field(default=None, metadata={"help": "Use these students instead of fresh mixers."})
+    trace: str | None = field(
+        default=None,
+        metadata={
+            "help": "A search's swap_trace.jsonl: convert what was linear after --layers N of its swaps. Needs "
+            "--mixer_bank."
+        },
+    )
 
 
 @dataclass
@@ -111,7 +121,7 @@ def run(
         return preset.show(mixer, options, budget)
     if os.path.exists(os.path.join(options.output_dir, "config.json")):
         raise OutputFolderError(f"output_dir={options.output_dir!r} holds a model already. Choose another folder.")
-    layers = parse_layers(options.layers)
+    layers = None if options.trace is not None else parse_layers(options.layers)
     heads = None if options.heads is None else json_object("--heads", options.heads)
     loaded, tokenizer = model.load(), model.tokenizer()
     if options.mixer_bank:
@@ -123,7 +133,11 @@ def run(
                 f"--mixer_bank names its mixer, so that --{given[0]} would be ignored. Leave it out, or leave the bank "
                 "out."
             )
+        if options.trace is not None:
+            layers, heads = _step(options, [site.name for site in find_attention_sites(loaded)])
         _use_bank(loaded, options.mixer_bank, layers, heads)
+    elif options.trace is not None:
+        raise HybridConfigError("--trace names a bank's students: pass --mixer_bank, the bank that was searched.")
     elif budget.share is not None:
         if layers is not None or heads is not None:
             raise HybridConfigError("--share plans every head, so that --layers and --heads would be ignored.")
@@ -135,7 +149,23 @@ def run(
     Console().print(f"Saved a hybrid with {len(loaded.config.hybrid['sites'])} linear layers to {options.output_dir}.")
 
 
-def _use_bank(model: PreTrainedModel, folder: str, layers: list[int | str] | None, heads: dict | None) -> None:
+def _step(options: ConvertArguments, sites: list[str]) -> tuple[list[str] | None, dict | None]:
+    """Layers, or heads by layer, of a point on a search's path."""
+    steps = steps_of(options.trace)
+    try:
+        count = int(options.layers or max(steps))
+    except ValueError:
+        count = -1
+    if count not in steps or options.heads is not None:
+        raise HybridConfigError(
+            f"--trace {options.trace} takes --layers N, a number of swaps from {min(steps)} to {max(steps)}, and no "
+            f"--heads; got --layers {options.layers}."
+        )
+    found = heads_of(steps[count], sites)
+    return (list(found), None) if None in found.values() else (None, found)
+
+
+def _use_bank(model: PreTrainedModel, folder: str, layers: Sequence[int | str] | None, heads: dict | None) -> None:
     """Make `model` a hybrid of the bank's students at these layers and heads: all that the bank has, by default."""
     wanted = None
     if layers is not None or heads is not None:

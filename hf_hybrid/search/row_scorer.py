@@ -35,7 +35,7 @@ def unit_names(sites: Mapping[str, HybridAttentionMixin], granularity: str) -> l
     return [f"{name}:{head}" for name, layer in sites.items() for head in layer.hybrid.heads]
 
 
-def heads_of(units: Iterable[str], sites: Mapping[str, HybridAttentionMixin]) -> dict[str, list[int] | None]:
+def heads_of(units: Iterable[str], sites: Iterable[str]) -> dict[str, list[int] | None]:
     """Which heads of which layer a set of units makes linear; `None` for all of a layer."""
     heads: dict[str, list[int]] = {}
     whole = set()

@@ -103,6 +103,22 @@ class SwapTrace:
         self._append({"type": kind, **entries})
 
 
+def steps_of(path: str | os.PathLike) -> dict[int, list[str]]:
+    """
+    The steps of a search by their number of linear units, from its trace; of several searches in one file, the latest.
+
+    Raises:
+        CheckpointError: If there is no such file, or no step in it.
+    """
+    rows = [_parse(line) for line in Path(path).read_bytes().splitlines(keepends=True)] if Path(path).exists() else []
+    steps = {len(row["swapped"]): list(row["swapped"]) for row in rows if row and row["type"] == "commit"}
+    if not steps:
+        raise CheckpointError(
+            f"{path}: no step of a search is there. Pass the {TRACE_FILE} of a search's output folder."
+        )
+    return steps
+
+
 def _key(swapped: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(swapped))
 

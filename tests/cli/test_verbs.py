@@ -101,6 +101,16 @@ def test_search_on_label_words(teacher, capsys):
     search = ["search", model, "--mixer_bank", bank, "--eval_dataset", rows, *task, *QUIET]
     assert run(*search, "--max_drop", "0.5", "--max_layers", 1, "--output_dir", teacher / "out") == 0
     assert "Swapped 1 of 3 layers, eval_accuracy" in capsys.readouterr().out
+    # any point of the path; the one that was saved is the same
+    convert = ["convert", model, "--mixer_bank", bank, "--trace", teacher / "out" / "swap_trace.jsonl"]
+    assert run(*convert, "--layers", 1, "--output_dir", teacher / "step") == 0
+    assert torch.equal(logits(teacher / "step"), logits(teacher / "out"))
+    assert run(*convert, "--layers", 2, "--output_dir", teacher / "too far") == 1
+    assert "a number of swaps from 1 to 1" in " ".join(capsys.readouterr().err.split())
+    assert run("convert", model, "--trace", bank / "swap_trace.jsonl", "--output_dir", teacher / "x") == 1
+    assert "pass --mixer_bank" in capsys.readouterr().err
+    assert run(*convert[:-1], rows, "--output_dir", teacher / "x") == 1
+    assert "no step of a search is there" in capsys.readouterr().err
     # by head, within a share of the cache, with a promise about other rows
     by_head = ["--granularity", "head", "--cache_share", 0.6, "--confirmation_dataset", rows, "--confidence", 0.9]
     assert run(*search, *by_head, "--max_drop", "0.9", "--output_dir", teacher / "heads") == 0
@@ -108,6 +118,9 @@ def test_search_on_label_words(teacher, capsys):
     assert "of 6 heads, eval_accuracy" in printed and "blocks ran" in printed
     assert "With 90% confidence, on data like these 60 rows, eval_accuracy drops by at most 0.9" in printed
     assert AutoModelForCausalLM.from_pretrained(teacher / "heads").config.hybrid["sites"]
+    convert[-1] = teacher / "heads" / "swap_trace.jsonl"
+    assert run(*convert, "--output_dir", teacher / "all steps") == 0
+    assert torch.equal(logits(teacher / "all steps"), logits(teacher / "heads"))
     assert run(*search, *by_head, "--max_drop", "none", "--output_dir", teacher / "none") == 1
     assert "takes back swaps that break max_drop or floor; got neither" in " ".join(capsys.readouterr().err.split())
 
