@@ -299,9 +299,10 @@ def plot(source: Path):
     kinds = {"training-free": ("o", "C0"), "repaired": ("s", "C2"), "control": ("x", "C3")}
     for axis, (key, field, label) in zip(axes, panels, strict=True):
         for kind, (marker, color) in kinds.items():
-            # the plans of the frontier; other shapes of the same budget are in the table
-            chosen = [r for n, r in rows.items() if kind in n and "kept" not in n and "window 128" not in n]
-            chosen = sorted((r for r in chosen if key in r), key=lambda r: r["share"])
+            # the plans of the frontier, each as it was run last; other shapes and shares are in the table
+            some = {n: r for n, r in rows.items() if kind in n and "kept" not in n and "window 128" not in n}
+            latest = {n if kind == "control" else n.split(":")[0]: r for n, r in some.items()}
+            chosen = sorted((r for r in latest.values() if key in r), key=lambda r: r["share"])
             axis.plot(
                 [100 * r["share"] for r in chosen],
                 [r[key][field] for r in chosen],

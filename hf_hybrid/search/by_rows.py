@@ -54,7 +54,7 @@ def search_by_rows(
         )
     scorer = RowScorer(trainer, metric)
     units = unit_names(scorer.sites, granularity)
-    table = RowTable(scorer, len(data), seed=trainer.args.seed, trace=trace)
+    table = RowTable(scorer, len(data), seed=trainer.args.seed, trace=trace, metric=metric)
     budget = Budget(max_units)
     if cache_share is not None:
         costs, total = unit_costs(scorer.sites, granularity, length)

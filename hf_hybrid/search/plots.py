@@ -1,5 +1,6 @@
 """Two pictures of a search: what every swap cost, and which layers were swapped."""
 
+import math
 import os
 
 from ..errors import MissingDependencyError
@@ -33,8 +34,9 @@ def plot_trade_off(report: SwapReport, path: str | os.PathLike) -> None:
     y = [report.base] + [trial.metrics[report.metric] for trial in report.commits]
     axes.plot(x, y, marker="o", color=LINEAR_COLOUR, label="best of its round, committed", zorder=3)
     axes.axhline(report.base, color=TEACHER_COLOUR, linewidth=1, label="teacher")
-    axes.axhline(report.floor, color=TEACHER_COLOUR, linewidth=1, linestyle="--", label="floor")
-    axes.set_xlabel("linear layers")
+    if math.isfinite(report.floor):  # a search by a budget has none
+        axes.axhline(report.floor, color=TEACHER_COLOUR, linewidth=1, linestyle="--", label="floor")
+    axes.set_xlabel("linear layers (or heads)")
     axes.set_ylabel(report.metric.removeprefix("eval_") + ", selection split")
     axes.legend(frameon=False, fontsize=8, ncol=4, loc="lower left", bbox_to_anchor=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)

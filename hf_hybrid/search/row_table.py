@@ -23,19 +23,23 @@ class RowTable:
         num_rows (`int`): How many rows there are.
         seed (`int`, *optional*, defaults to 0): Of the order in which rows are asked for, the same for all sets.
         trace (`SwapTrace`, *optional*): Where values are kept and found again.
+        metric (`str`, *optional*): The metric's name: a trace may hold rows of others.
 
     Attributes:
         order (`np.ndarray`): The rows in that order.
         evaluations (`int`): Pairs of a set and a row that were scored, those found in the trace not counted.
     """
 
-    def __init__(self, score: RowScore, num_rows: int, *, seed: int = 0, trace: SwapTrace | None = None):
-        self.score, self.trace = score, trace
+    def __init__(
+        self, score: RowScore, num_rows: int, *, seed: int = 0, trace: SwapTrace | None = None, metric: str = ""
+    ):
+        self.score, self.trace, self.metric = score, trace, metric
         self.order = np.random.default_rng(seed).permutation(num_rows)
         self.evaluations = 0
         self._known: dict[Units, np.ndarray] = {}
         for entry in trace.rows if trace else ():
-            self._of(frozenset(entry["units"]))[entry["rows"]] = entry["values"]
+            if entry["metric"] == metric:
+                self._of(frozenset(entry["units"]))[entry["rows"]] = entry["values"]
 
     def _of(self, units: Units) -> np.ndarray:
         if units not in self._known:
@@ -56,7 +60,7 @@ class RowTable:
             for key, values in zip(lacking, found, strict=True):
                 self._of(key)[lacks] = values
                 if self.trace:
-                    self.trace.add_rows(sorted(key), lacks.tolist(), values.tolist())
+                    self.trace.add_rows(self.metric, sorted(key), lacks.tolist(), values.tolist())
         return np.stack([self._of(key)[rows] for key in keys])
 
     def means(self, units: Iterable[str]) -> np.ndarray:

@@ -94,9 +94,9 @@ class SwapTrace:
         self._known[_key(swapped)] = metrics
         self._append({"type": "trial", **entries, "swapped": swapped, "metrics": metrics})
 
-    def add_rows(self, units: list[str], rows: list[int], values: list[list[float]]) -> None:
-        """Keep what single rows scored under a set of units."""
-        self._append({"type": "rows", "units": units, "rows": rows, "values": values})
+    def add_rows(self, metric: str, units: list[str], rows: list[int], values: list[list[float]]) -> None:
+        """Keep the metric and the loss of single rows under a set of units."""
+        self._append({"type": "rows", "metric": metric, "units": units, "rows": rows, "values": values})
 
     def add_event(self, kind: str, **entries) -> None:
         """A line for readers of the file: a commit, a result."""

@@ -240,6 +240,19 @@ def test_an_interrupted_race_goes_on(tmp_path):
     assert again == first
 
 
+def test_rows_of_another_metric_are_not_read_as_this_one(tmp_path):
+    def both(prediction):
+        return {**margin(prediction), "f1": 1.0 - margin(prediction)["accuracy"]}
+
+    trainer = toy_trainer(tmp_path, compute_metrics=both)
+    first = trainer.search("accuracy", None, max_layers=2)
+    trainer.swap_layers([])
+    other = trainer.search("f1", None, max_layers=2)
+    assert other.base == pytest.approx(1 - first.base) and other.layer_forwards > 0
+    trainer.swap_layers([])
+    assert trainer.search("accuracy", None, max_layers=2).commits == first.commits
+
+
 def test_a_race_and_a_promise(tmp_path):
     trainer = toy_trainer(tmp_path, compute_metrics=margin)
     other = token_dataset(60, seed=9)

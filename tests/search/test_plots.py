@@ -4,6 +4,16 @@ from hf_hybrid.search.greedy import greedy_swap
 from hf_hybrid.search.plots import plot_layer_map, plot_trade_off
 
 
+def test_a_search_without_a_floor_has_a_picture(tmp_path, recwarn):
+    report = greedy_swap(
+        ["a:0", "a:1"], lambda swapped: {"eval_loss": 1.0 + len(swapped)}, metric="eval_loss",
+        greater_is_better=False, max_drop=None,
+    )  # fmt: skip
+    assert report.to_dict()["floor"] is None and len(report.most_linear) == 2
+    plot_trade_off(report, tmp_path / "trade_off.png")
+    assert (tmp_path / "trade_off.png").stat().st_size > 2000 and not recwarn.list
+
+
 def test_pictures_are_written(tmp_path):
     sites = ["a", "b", "c"]
     report = greedy_swap(
