@@ -43,7 +43,7 @@ def test_quickstart(names):
 
 
 def test_readme_example(names):
-    (example,) = python_blocks("README.md")
+    example, again = python_blocks("README.md")
     example = example.replace("HuggingFaceTB/SmolLM2-135M-Instruct", names["teacher"]).replace(
         "max_steps=1000", "max_steps=2, max_length=24"
     )
@@ -62,6 +62,14 @@ def test_readme_example(names):
     exec(compile(example, "README", "exec"), names)
     with torch.no_grad():
         assert names["model"](torch.tensor(names["ids"])).logits.isfinite().all()
+    again = again.replace("HuggingFaceTB/SmolLM2-135M-Instruct", names["teacher"]).replace(
+        # toy mixers hold more than a toy cache, and a toy teacher is seldom right
+        '"accuracy", 0.02, granularity="head", cache_share=0.3',
+        '"accuracy", 0.5, granularity="head", length=10_000, cache_share=0.3',
+    )
+    names.update(rows=names["validation"], other_rows=names["validation"])
+    exec(compile(again, "README", "exec"), names)
+    assert names["trainer"].swap_report.promise is not None
 
 
 def test_choosing_a_mixer(names):
@@ -86,6 +94,10 @@ def test_choosing_layers(names, tmp_path):
     accuracy = {"compute_metrics": lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}}
     report = callback.search(toy_trainer(tmp_path / "run", mixer="sliding_window", **accuracy))
     assert report.confirmed is not None
+    race = python_blocks("docs/how_to/choose_layers.md")[3].replace("0.02", "0.5").replace("0.3", "0.9, length=10_000")
+    names["trainer"] = toy_trainer(tmp_path / "race", mixer="sliding_window", **accuracy)
+    exec(compile(race, "choose_layers", "exec"), names)
+    assert names["trainer"].swap_report.promise.rows == 4
 
 
 def test_publishing(names, tmp_path, monkeypatch):
