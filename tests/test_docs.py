@@ -67,7 +67,7 @@ def test_readme_example(names):
         '"accuracy", 0.02, granularity="head", cache_share=0.3',
         '"accuracy", 0.5, granularity="head", length=10_000, cache_share=0.3',
     )
-    names.update(rows=names["validation"], other_rows=names["validation"])
+    names.update(rows=names["validation"], other_rows=token_dataset(6, seed=8))
     exec(compile(again, "README", "exec"), names)
     assert names["trainer"].swap_report.promise is not None
 

@@ -34,7 +34,7 @@ class SearchArguments:
         metadata={
             "help": "How to look: race (a few candidates on paired rows), greedy (the paper's: every candidate on "
             "every row), or one of the controls.",
-            "choices": sorted(STRATEGIES),
+            "choices": sorted({*STRATEGIES} - {"fixed"}),
         },
     )
     granularity: str = field(

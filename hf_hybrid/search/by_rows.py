@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..errors import DatasetError, HybridConfigError
-from .greedy import SwapReport, allowed_drop
+from ..conversion.layer import check_divisible
+from ..errors import DatasetError, HybridConfigError, MetricError
+from .greedy import SwapReport, allowed_drop, read_metric
 from .proposals import FisherProposals, Scores, fisher_proposals
 from .row_scorer import RowScorer, heads_of, unit_names
-from .row_table import RowTable
+from .row_table import METRIC, RowTable
+from .scoring import evaluate
 from .searching import Budget, search_path
+from .strategies import check_order
 from .trace import SwapTrace
 
 
@@ -18,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 GRANULARITIES = ("layer", "head")
 PROPOSALS = ("fisher", "local_loss", "induction", "none")
+PROPOSED = ("race", "proposed")
 # rows for a look at what units would cost: one backward pass each
 FISHER_ROWS = 32
 INDUCTION_ROWS, INDUCTION_LENGTH = 4, 512
@@ -46,19 +50,18 @@ def search_by_rows(
     on_step=None,
 ) -> SwapReport:
     """See [`GreedyLayerSwapCallback`], whose arguments these are. A collective; the switch is as it was afterwards."""
-    data = trainer.eval_dataset
-    if isinstance(data, dict) or not hasattr(data, "__len__"):
-        raise DatasetError(
-            f"strategy={strategy!r} looks at single rows: eval_dataset must be one dataset with a length; got "
-            f"{type(data).__name__}. Use strategy='greedy' with granularity='layer' for others."
-        )
+    check_search(trainer, strategy, granularity, proposals, cache_share, length, order)
+    # prepares the model as every evaluation does: shards, casts and places it
+    trainer.swap_layers([])
+    whole = read_metric(evaluate(trainer, metric), metric, "search, before the first step")
     scorer = RowScorer(trainer, metric)
     units = unit_names(scorer.sites, granularity)
-    table = RowTable(scorer, len(data), seed=trainer.args.seed, trace=trace, metric=metric)
-    budget = Budget(max_units)
-    if cache_share is not None:
-        costs, total = unit_costs(scorer.sites, granularity, length)
-        budget = Budget(max_units, costs, (1 - cache_share) * total)
+    table = RowTable(scorer, len(trainer.eval_dataset), seed=trainer.args.seed, trace=trace, metric=metric)
+    _check_mean(metric, float(table.means([])[METRIC]), whole)
+    trace.start_search(
+        {"metric": metric, "strategy": strategy, "granularity": granularity, "max_drop": max_drop, "floor": floor}
+    )
+    budget = _budget(scorer.sites, granularity, max_units, cache_share, length)
     report = search_path(
         units,
         table,
@@ -68,7 +71,8 @@ def search_by_rows(
         max_drop=max_drop,
         floor=floor,
         budget=budget,
-        predicted=_predicted(proposals, scorer, table, units, granularity),
+        # for those that go by them
+        predicted=_predicted(proposals, scorer, table, units, granularity) if strategy in PROPOSED else None,
         order=order,
         seed=trainer.args.seed,
         trace=trace,
@@ -76,6 +80,56 @@ def search_by_rows(
     )
     report.layer_forwards = scorer.layer_forwards
     return report
+
+
+def check_search(trainer, strategy: str, granularity: str, proposals, cache_share, length: int, order) -> None:
+    """
+    What would stop a search by rows, before anything is paid for.
+
+    Raises:
+        DatasetError: If there are no single rows to look at.
+        HybridConfigError: If a setting does not fit this model.
+    """
+    data, args = trainer.eval_dataset, trainer.args
+    if isinstance(data, dict) or not hasattr(data, "__len__"):
+        raise DatasetError(
+            f"strategy={strategy!r} looks at single rows: eval_dataset must be one dataset with a length; got "
+            f"{type(data).__name__}. Use strategy='greedy' with granularity='layer' for others."
+        )
+    if args.include_for_metrics or args.batch_eval_metrics:
+        raise HybridConfigError(
+            f"strategy={strategy!r} gives compute_metrics single rows of predictions and labels; got "
+            f"include_for_metrics={args.include_for_metrics}, batch_eval_metrics={args.batch_eval_metrics}. Use "
+            "strategy='greedy' with granularity='layer'."
+        )
+    units = unit_names(trainer.distill_sites, granularity)
+    if isinstance(proposals, dict) and strategy in PROPOSED:
+        missing = next((unit for unit in units if unit not in proposals), None)
+        if missing is not None:
+            raise HybridConfigError(f"search: proposals must score every unit; {missing!r} is missing.")
+    if strategy == "fixed":
+        check_order(units, order)
+    if granularity == "head":
+        for name, layer in trainer.distill_sites.items():
+            if len(layer.hybrid.heads) > 1:
+                check_divisible(layer, f"search by head: {name}")
+    _budget(trainer.distill_sites, granularity, None, cache_share, length).check(units)
+
+
+def _budget(sites, granularity: str, max_units: int | None, cache_share: float | None, length: int) -> Budget:
+    if cache_share is None:
+        return Budget(max_units)
+    costs, total = unit_costs(sites, granularity, length)
+    return Budget(max_units, costs, (1 - cache_share) * total)
+
+
+def _check_mean(metric: str, mean: float, whole: float) -> None:
+    """A search by rows decides by means over rows; an evaluation's loss may weigh rows by their tokens."""
+    if metric != "eval_loss" and abs(mean - whole) > 1e-3 * max(1.0, abs(whole)):
+        raise MetricError(
+            f"search: {metric!r} must be a mean over rows to be decided by single rows; it is {whole:.6g} of all rows, and "
+            f"the mean of single rows is {mean:.6g}. Use strategy='greedy' with granularity='layer', or a metric of rows."
+        )
 
 
 def unit_costs(sites, granularity: str, length: int) -> tuple[dict[str, float], float]:
@@ -116,9 +170,6 @@ def check_settings(strategy: str, granularity: str, proposals, max_drop, cache_s
 
 def _predicted(proposals, scorer: RowScorer, table: RowTable, units, granularity: str):
     if isinstance(proposals, dict):
-        missing = next((unit for unit in units if unit not in proposals), None)
-        if missing is not None:
-            raise HybridConfigError(f"search: proposals must score every unit; {missing!r} is missing.")
         return Scores(proposals)
     if proposals == "fisher":
         return _fisher(scorer, table, units)
@@ -152,10 +203,13 @@ def _induction(scorer: RowScorer, units, granularity: str) -> dict[str, float]:
     from ..surgery.induction import observed_induction
 
     trainer = scorer.trainer
-    rows = [trainer.eval_dataset[i]["input_ids"] for i in range(min(INDUCTION_ROWS, len(trainer.eval_dataset)))]
-    length = min(INDUCTION_LENGTH, *(len(row) for row in rows))
+    rows = [trainer.eval_dataset[i].get("input_ids") for i in range(min(INDUCTION_ROWS, len(trainer.eval_dataset)))]
+    if any(row is None for row in rows):
+        raise HybridConfigError("search: proposals='induction' reads text twice; these rows have no input_ids.")
+    model: Any = scorer.model.eval()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2 * INDUCTION_LENGTH
+    length = min(INDUCTION_LENGTH, longest // 2, *(len(row) for row in rows))
     passages = torch.tensor([list(row)[:length] for row in rows], device=trainer.args.device)
-    model: Any = scorer.model
     scores = observed_induction(model, passages)
     if granularity == "layer":
         return {name: max(scores[name]) for name in units}

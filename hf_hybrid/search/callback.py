@@ -12,9 +12,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..errors import HybridConfigError, MetricError
-from .by_rows import check_settings, search_by_rows, switch_to
+from ..surgery import linear_heads, set_linear_heads_
+from .by_rows import check_search, check_settings, search_by_rows, switch_to
 from .greedy import SwapReport, Trial, allowed_drop, check_floor, confirm_swaps, greedy_swap, read_metric
-from .holdout import HeldOut, half_of
+from .holdout import HeldOut, check_disjoint, half_of
 from .identity import search_identity
 from .metrics import direction
 from .scoring import TIE_BREAKER, Scorer, evaluate
@@ -195,6 +196,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         """
         self.set_trainer(trainer)
         self._check_data(trainer)
+        before = linear_heads(trainer.unwrapped)
         self._check_confirmation_floor(trainer)
         metric = self._metric_key()
         trace = SwapTrace(os.path.join(trainer.args.output_dir, TRACE_FILE), search_identity(trainer))
@@ -211,8 +213,9 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
             elif self._trainers[trainer][1] is not None:
                 confirm_swaps(report, lambda swapped: self._confirm(trainer, swapped), self.max_drop, self.floor)
                 trace.add_event("confirmed", metric=metric, confirmed=report.confirmed, best=report.best)
-        finally:
-            trainer.swap_layers([])
+        except BaseException:
+            set_linear_heads_(trainer.unwrapped, before)
+            raise
         self._settle(trainer, report)
         return report
 
@@ -315,6 +318,12 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         if self.confidence is not None and self._trainers[trainer][1] is None:
             raise HybridConfigError(
                 "GreedyLayerSwapCallback: confidence needs a confirmation_dataset: rows that the search does not see."
+            )
+        if self.confidence is not None:
+            check_disjoint(trainer.eval_dataset, self._trainers[trainer][1])
+        if self._scores_rows():
+            check_search(
+                trainer, self.strategy, self.granularity, self.proposals, self.cache_share, self.length, self.order
             )
 
     def _check_confirmation_floor(self, trainer) -> None:

@@ -4,8 +4,11 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import HybridConfigError
 from .by_rows import switch_to
+from .fingerprint import Fingerprint
 from .greedy import SwapReport, Trial, allowed_drop
+from .metrics import is_bounded
 from .promise import Promise, bootstrap_drop, certify, certify_corpus, too_few_rows
 from .rows import RowValues, row_values
 
@@ -16,6 +19,26 @@ def half_of(max_drop: float | str | None) -> float | str | None:
         return None
     value, relative = allowed_drop(max_drop)
     return f"{100 * value / 2}%" if relative else value / 2
+
+
+def check_disjoint(searched, held_out) -> None:
+    """
+    Rows that a promise is tested on must be others than those of the search.
+
+    Raises:
+        HybridConfigError: If some are in both.
+    """
+
+    def digests(data) -> set[str]:
+        parts = data.values() if isinstance(data, dict) else [data]
+        return {Fingerprint().add(row).hexdigest() for part in parts if hasattr(part, "__len__") for row in part}
+
+    both = len(digests(searched) & digests(held_out))
+    if both:
+        raise HybridConfigError(
+            f"A promise is about rows that the search never saw: {both} rows of confirmation_dataset are in "
+            "eval_dataset too. Leave them out of one."
+        )
 
 
 class HeldOut:
@@ -30,12 +53,13 @@ class HeldOut:
         self, trainer, dataset, metric: str, greater_is_better: bool, max_drop: float | str, confidence: float
     ):
         self.trainer, self.dataset, self.metric, self.confidence = trainer, dataset, metric, confidence
-        self.sign = 1.0 if greater_is_better else -1.0
+        self.greater_is_better, self.sign = greater_is_better, 1.0 if greater_is_better else -1.0
         self.teacher = row_values(trainer, metric, dataset)
         value, relative = allowed_drop(max_drop)
         self.max_drop = value * abs(self.teacher.whole) if relative else value
-        # losses and scores of a corpus have no bound to bet within
-        self.is_bounded = self.teacher.is_mean and self.max_drop < 1 and bool((abs(self.teacher.values) <= 1).all())
+        # losses and scores of a corpus have no bound to bet within, and what the teacher's rows say is no bound
+        within = bool(((self.teacher.values >= 0) & (self.teacher.values <= 1)).all())
+        self.is_bounded = is_bounded(metric) and self.teacher.is_mean and self.max_drop < 1 and within
         # rows may come sorted; a bet wants them in an order that says nothing
         self.order = np.random.default_rng(trainer.args.seed).permutation(len(self.teacher.values))
 
@@ -49,7 +73,13 @@ class HeldOut:
         and `report.confirmations`, and moves `report.best` to the best of the steps that are promised.
         """
         path = report.path[1:]
-        settings: dict[str, Any] = {"metric": self.metric, "max_drop": self.max_drop, "confidence": self.confidence}
+        settings: dict[str, Any] = {
+            "metric": self.metric,
+            "max_drop": self.max_drop,
+            "confidence": self.confidence,
+            "rows": len(self.order),
+            "greater_is_better": self.greater_is_better,
+        }
         report.confirmations.append(Trial(0, [], None, {self.metric: self.teacher.whole}))
 
         def scored(units) -> RowValues:
@@ -73,7 +103,7 @@ class HeldOut:
         if self.is_bounded:
             report.promise = certify(path, drops, **settings)
         else:
-            report.promise = certify_corpus(path, bound, rows=len(self.order), **settings)
+            report.promise = certify_corpus(path, bound, **settings)
         report.confirmed = report.promise.certified or []
         searched = [report.base, *(trial.metrics[report.metric] for trial in report.commits)]
         held = sum(step["units"] <= len(report.confirmed) for step in report.promise.tested) + 1

@@ -21,6 +21,41 @@ GREATER_IS_BETTER, SMALLER_IS_BETTER = frozenset(GREATER.split()), frozenset(SMA
 NEGATIONS = frozenset(("neg", "negative", "inverse", "inverted", "minus", "non", "not", "no"))
 
 
+# of a single row, between 0 and 1
+BOUNDED = frozenset(
+    [
+        "acc",
+        "accuracy",
+        "top1",
+        "top5",
+        "exact",
+        "em",
+        "exact_match",
+        "match",
+        "f1",
+        "precision",
+        "recall",
+        "iou",
+        "jaccard",
+        "dice",
+        "rouge1",
+        "rouge2",
+        "rougel",
+        "rougelsum",
+        "meteor",
+        "hit",
+        "hits",
+        "pass",
+    ]
+)
+
+
+def is_bounded(metric: str) -> bool:
+    """Whether a metric of this name lies in [0, 1] for a single row: what a bet on its mean needs."""
+    words = metric.lower().split("@")[0].removeprefix("eval_").split("_")
+    return any("_".join(words[start:]) in BOUNDED for start in range(len(words)))
+
+
 def known_direction(metric: str) -> bool | None:
     """
     Whether a greater value of `metric` is better, or `None` for a name that no table has. `eval_` in front, a name

@@ -46,13 +46,14 @@ def plot_trade_off(report: SwapReport, path: str | os.PathLike) -> None:
 def plot_layer_map(sites: list[str], swapped: list[str], path: str | os.PathLike) -> None:
     """One cell per layer in the model's order; linear ones carry the round they were swapped in. Writes a PNG."""
     pyplot = _pyplot()
+    layers = list(dict.fromkeys(unit.partition(":")[0] for unit in swapped))  # of heads, the layers they are in
     figure, axes = pyplot.subplots(figsize=(max(4.0, 0.32 * len(sites)), 1.1), dpi=150)
     for index, site in enumerate(sites):
-        linear = site in swapped
+        linear = site in layers
         axes.add_patch(pyplot.Rectangle((index, 0), 0.92, 1, color=LINEAR_COLOUR if linear else TEACHER_COLOUR))
         if linear:
             axes.text(
-                index + 0.46, 0.5, str(swapped.index(site) + 1), ha="center", va="center", color="white", fontsize=7
+                index + 0.46, 0.5, str(layers.index(site) + 1), ha="center", va="center", color="white", fontsize=7
             )
         axes.text(index + 0.46, -0.25, str(index), ha="center", va="center", fontsize=6)
     axes.set_xlim(0, len(sites))

@@ -64,7 +64,7 @@ def betting_wealth(drops: np.ndarray, max_drop: float, confidence: float = 0.9) 
         stake = np.minimum(np.maximum(max_drop / spread, bold), LARGEST_BET / (1 - max_drop))
         log_wealth = log_wealth + np.log1p(stake * (max_drop - drops[..., row]))
         squares = squares + drops[..., row] ** 2
-        wealth[..., row] = np.exp(log_wealth)
+        wealth[..., row] = np.exp(np.minimum(log_wealth, 700.0))  # the largest number, not infinity
     return wealth
 
 
@@ -112,6 +112,7 @@ class Promise:
         tested (`list[dict]`): Every step that was tested: its number of units, the drop found, and the wealth (or the
             bound of the bootstrap).
         exact (`bool`): Whether the probability is guaranteed (bounded means of independent rows) or approximate.
+        greater_is_better (`bool`): Which way the metric goes.
     """
 
     metric: str
@@ -121,10 +122,12 @@ class Promise:
     certified: Any = None
     tested: list[dict[str, float]] = field(default_factory=list)
     exact: bool = True
+    greater_is_better: bool = True
 
     def sentence(self) -> str:
         """One sentence for a reader of the report."""
-        what = f"{self.metric} drops by at most {self.max_drop:.4g}"
+        verb = "drops" if self.greater_is_better else "rises"
+        what = f"{self.metric} {verb} by at most {self.max_drop:.4g}"
         if self.certified is None:
             found = f"; {self.tested[0]['drop']:.4g} was found with {self.tested[0]['units']}" if self.tested else ""
             return f"Nothing is promised: {self.rows} rows do not show that {what}{found}."
@@ -142,6 +145,8 @@ def certify(
     metric: str,
     max_drop: float,
     confidence: float = 0.9,
+    rows: int = 0,
+    greater_is_better: bool = True,
 ) -> Promise:
     """
     Walk a path from few linear units to many and stop at the first step whose drop is not shown to be small.
@@ -151,12 +156,13 @@ def certify(
         drops (`Callable`): Of one of them, teacher minus hybrid by row, in [-1, 1], greater is worse; rows in an order
             that does not depend on the set. Called for as many steps as are tested.
         metric (`str`), max_drop (`float`), confidence (`float`): What is promised.
+        rows (`int`), greater_is_better (`bool`): For the sentence: how many rows there are, which way the metric goes.
 
     Returns:
         [`Promise`]
     """
     _check(max_drop, confidence)
-    promise = Promise(metric, max_drop, confidence, 0)
+    promise = Promise(metric, max_drop, confidence, rows, greater_is_better=greater_is_better)
     for units in path:
         found = np.asarray(drops(units), dtype=float)
         promise.rows = len(found)
@@ -176,13 +182,14 @@ def certify_corpus(
     rows: int,
     max_drop: float,
     confidence: float = 0.9,
+    greater_is_better: bool = True,
 ) -> Promise:
     """
     The same for a metric of the whole corpus: `bound` returns the drop and its upper bound (see [`bootstrap_drop`]).
     The promise is approximate and says so.
     """
     _check(max_drop, confidence, bounded=False)
-    promise = Promise(metric, max_drop, confidence, rows, exact=False)
+    promise = Promise(metric, max_drop, confidence, rows, exact=False, greater_is_better=greater_is_better)
     for units in path:
         drop, most = bound(units)
         promise.tested.append({"units": len(units), "drop": drop, "bound": most})
@@ -205,13 +212,13 @@ def promise_power(
     return float((betting_wealth(drops, max_drop, confidence).max(1) >= 1 / (1 - confidence)).mean())
 
 
-def rows_needed(max_drop: float, confidence: float = 0.9, different: float = 0.04, power: float = 0.8) -> int:
-    """The smallest of a few numbers of rows with which [`promise_power`] is `power` or more; at most 50,000."""
+def rows_needed(max_drop: float, confidence: float = 0.9, different: float = 0.04, power: float = 0.8) -> int | None:
+    """The smallest of a few numbers of rows with which [`promise_power`] is `power` or more; `None` above 20,000."""
     candidates = [int(round(base * 10**digits)) for digits in range(2, 5) for base in (1, 1.5, 2, 3, 4, 5, 6, 8)]
     for rows in candidates:
-        if rows >= 50_000 or promise_power(rows, max_drop, confidence, different, runs=200) >= power:
+        if rows <= 20_000 and promise_power(rows, max_drop, confidence, different, runs=200) >= power:
             return rows
-    return candidates[-1]
+    return None
 
 
 def too_few_rows(rows: int, max_drop: float, confidence: float = 0.9) -> str | None:
@@ -219,10 +226,12 @@ def too_few_rows(rows: int, max_drop: float, confidence: float = 0.9) -> str | N
     power = promise_power(rows, max_drop, confidence)
     if power >= 0.5:
         return None
+    needed = rows_needed(max_drop, confidence)
     return (
         f"{rows} rows are few to promise a drop of at most {max_drop:.4g} with {confidence:.0%} confidence: a hybrid "
         f"that differs from its teacher on 4 % of rows, and is no worse, would be certified with probability "
-        f"{power:.2f}. {rows_needed(max_drop, confidence):,} rows would do."
+        f"{power:.2f}. "
+        + ("More than 20,000 rows would be needed." if needed is None else f"{needed:,} rows would do.")
     )
 
 

@@ -79,6 +79,8 @@ def fisher_proposals(scorer: RowScorer, units: Sequence[str], rows: Sequence[int
                 layer.local_objective = observer
             for row in share:
                 slopes.append(observer.of_row(scorer, row, units))
+            # a backward pass through activations alone is about one forward
+            scorer.layer_forwards += 2 * len(layers) * len(rows)
         finally:
             for layer in layers:
                 layer.local_objective = None

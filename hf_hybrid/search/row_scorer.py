@@ -20,12 +20,12 @@ from ..errors import MetricError
 from .greedy import read_metric
 from .prefix_reuse import PrefixReuse
 from .ranks import all_agree, gathered, rank
-from .row_table import Units
+from .row_table import METRIC, Units
 from .scoring import unwrapped
 
 
-# a loss summed over other rows is rounded otherwise
-LOSS_TOLERANCE = 1e-3
+# what is summed beside other rows is rounded otherwise
+TOLERANCE = 1e-3
 
 
 def unit_names(sites: Mapping[str, HybridAttentionMixin], granularity: str) -> list[str]:
@@ -79,23 +79,31 @@ class RowScorer:
         return len(self.dataset)
 
     def __call__(self, sets: Sequence[Units], rows: np.ndarray) -> np.ndarray:
-        values = np.full((len(sets), len(rows), 2), np.nan)
+        values = np.zeros((len(sets), len(rows), 2))
+        error: Exception | None = None
         self.model.eval()
+        self._ran = 0.0
         with torch.no_grad(), self._switch_restored():
             if self._one_at_a_time is None:
-                self._look(rows[: self.trainer.args.eval_batch_size])
-            self._ran = 0.0
-            for numbers in self._share_of_rank(rows):
-                values[:, numbers] = self._batch(sets, rows[numbers])
-        for part, ran in gathered((values, self._ran))[: 1 if self.trainer.is_fsdp_enabled else None]:
-            values, self.layer_forwards = np.where(np.isnan(values), part, values), self.layer_forwards + ran
-        if np.isnan(values).any():
-            raise MetricError(f"search: {self.metric!r} of a row must be a number. Check compute_metrics.")
-        return values
+                self._look(rows)
+            try:
+                for numbers in self._share_of_rank(rows):
+                    values[:, numbers] = self._batch(sets, rows[numbers])
+            except Exception as raised:  # the other processes must not wait for this one
+                error = raised
+        parts = gathered((values, self._ran, error))[: 1 if self.trainer.is_fsdp_enabled else None]
+        for _, ran, found in parts:
+            self.layer_forwards += ran
+            if found is not None:
+                raise found
+        return np.sum([part for part, _, _ in parts], axis=0)
 
     def _look(self, rows: np.ndarray) -> None:
         """Whether losses can be taken apart and runs begin midway: decided by all processes, on the same rows."""
-        self._one_at_a_time = not all_agree(self._losses_can_be_taken_apart(rows))
+        by_size = sorted(rows, key=lambda row: _size(self.dataset[int(row)]))
+        extremes = np.array([by_size[0], by_size[-1]] if len(rows) > 1 else by_size)
+        self._one_at_a_time = not all_agree(self._can_be_taken_apart(extremes))
+        rows = rows[: self.trainer.args.eval_batch_size]
         if self.reuse.enabled:
             rows = rows[:1] if self._one_at_a_time else rows
             self._switch([])
@@ -141,16 +149,28 @@ class RowScorer:
         self._ran += count * ((len(set(self.reuse.block_of.values())) or len(self.sites)) - start)
         prepared = dict(inputs)
         loss, logits, labels = trainer.prediction_step(trainer.model, prepared, False, ignore_keys=None)
+        if loss is None and self.metric == "eval_loss":
+            raise MetricError(
+                "search: the rows of eval_dataset give no loss. Give them labels, or watch another metric."
+            )
         if count == 1 or loss is None:
             losses = np.zeros(count) if loss is None else np.array([float(loss.mean())])
         else:
             losses = np.array([float(self._loss_of(logits, labels, row)) for row in range(count)])
-        return np.stack([self._metrics(logits, labels, losses), losses], axis=1)
+        values = np.stack([self._metrics(logits, labels, losses), losses], axis=1)
+        if np.isnan(values[:, METRIC]).any():
+            raise MetricError(
+                f"search: {self.metric!r} of every single row must be a number; a row has none. Leave rows without labels "
+                "out, or check compute_metrics."
+            )
+        return np.nan_to_num(values)  # a row without labels has no loss to decide between equals by
 
     def _metrics(self, logits, labels, losses: np.ndarray) -> np.ndarray:
         trainer, name = self.trainer, self.metric.removeprefix("eval_")
-        if name == "loss" or trainer.compute_metrics is None:
+        if name == "loss":
             return losses
+        if trainer.compute_metrics is None:
+            read_metric({"loss": losses}, name, "search")
         if trainer.preprocess_logits_for_metrics is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)
         values = []
@@ -160,23 +180,16 @@ class RowScorer:
             values.append(read_metric(metrics, name, "search, a single row"))
         return np.array(values)
 
-    def _losses_can_be_taken_apart(self, rows: np.ndarray) -> bool:
-        """Whether the loss of a row, from the logits of its batch, is the loss of the row alone; tried on two rows."""
+    def _can_be_taken_apart(self, rows: np.ndarray) -> bool:
+        """Whether loss and metric of a row, from the logits of its batch, are those of the row alone; tried on two rows."""
         if len(rows) < 2:
             return True
-        pair = self._inputs(rows[:2])
-        trainer = self.trainer
-        _, logits, labels = trainer.prediction_step(trainer.model, dict(pair), False, ignore_keys=None)
-        for row in range(2):
-            alone = self._inputs(rows[row : row + 1])
-            loss = trainer.prediction_step(trainer.model, dict(alone), True, ignore_keys=None)[0]
-            try:
-                own = float(self._loss_of(logits, labels, row))
-            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # a loss of another kind
-                return False
-            if loss is None or not abs(own - float(loss)) <= LOSS_TOLERANCE * max(1.0, abs(float(loss))):
-                return False
-        return True
+        try:
+            together = self._run(self._inputs(rows), 2, 0)
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # a loss of another kind
+            return False
+        alone = np.concatenate([self._run(self._inputs(rows[row : row + 1]), 1, 0) for row in range(2)])
+        return bool((abs(together - alone) <= TOLERANCE * np.maximum(1.0, abs(alone))).all())
 
     def _loss_of(self, logits, labels, row: int):
         logits, labels = _row(logits, row), _row(labels, row)
@@ -203,6 +216,11 @@ class RowScorer:
             yield
         finally:
             self.trainer.swap_layers(None, before)
+
+
+def _size(example: Mapping[str, Any]) -> int:
+    """Of an example, how long its longest part is."""
+    return max((len(part) for part in example.values() if hasattr(part, "__len__")), default=0)
 
 
 def _row(value: Any, row: int) -> Any:

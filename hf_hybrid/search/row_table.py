@@ -38,7 +38,7 @@ class RowTable:
         self.evaluations = 0
         self._known: dict[Units, np.ndarray] = {}
         for entry in trace.rows if trace else ():
-            if entry["metric"] == metric:
+            if entry.get("metric") == metric:
                 self._of(frozenset(entry["units"]))[entry["rows"]] = entry["values"]
 
     def _of(self, units: Units) -> np.ndarray:

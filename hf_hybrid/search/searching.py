@@ -25,6 +25,18 @@ class Budget:
     costs: Mapping[str, float] = field(default_factory=dict)
     target: float | None = None
 
+    def check(self, units: Sequence[str]) -> None:
+        """
+        Raises:
+            HybridConfigError: If all units together do not save what is asked for.
+        """
+        everything = sum(self.costs.get(unit, 0.0) for unit in units)
+        if self.target is not None and everything < self.target:
+            raise HybridConfigError(
+                f"search: the budget asks to save {self.target:.4g}, and all {len(units)} units together save "
+                f"{everything:.4g}. Ask for less, or use a mixer with a smaller state."
+            )
+
     def is_met(self, units: Sequence[str]) -> bool:
         if self.max_units is not None and len(units) >= self.max_units:
             return True
@@ -69,12 +81,7 @@ def search_path(
         HybridConfigError: If there is no such strategy.
     """
     run, budget = get_strategy(strategy), budget or Budget()
-    everything = sum(budget.costs.get(unit, 0.0) for unit in units)
-    if budget.target is not None and everything < budget.target:
-        raise HybridConfigError(
-            f"search: the budget asks to save {budget.target:.4g}, and all {len(units)} units together save "
-            f"{everything:.4g}. Ask for less, or use a mixer with a smaller state."
-        )
+    budget.check(units)
     sign = 1.0 if greater_is_better else -1.0
     problem = Problem(list(units), table, sign, predicted, seed, budget.max_units, order)
     start = problem.step([])
@@ -99,7 +106,8 @@ def search_path(
             on_step(step)
         if budget.is_met(step.units):
             break
-    if budget.target is not None and not budget.is_met(report.most_linear):
+    is_short = budget.target is not None and not budget.is_met(report.most_linear)
+    if is_short and len(report.most_linear) < problem.length:
         saved = sum(budget.costs.get(unit, 0.0) for unit in report.most_linear)
         raise MetricError(
             f"search: the budget asks to save {budget.target:.4g}; within the floor of {floor:.4g} for {metric}, "

@@ -166,12 +166,21 @@ def fixed(problem: Problem) -> Iterator[Step]:
     Raises:
         HybridConfigError: If it is missing, names a unit twice or one that is not there.
     """
-    order = list(problem.order or ())
-    wrong = next((unit for unit in order if unit not in problem.units or order.count(unit) > 1), None)
-    if wrong is not None or not order:
-        raise HybridConfigError(f"strategy 'fixed' needs order=, each unit at most once; got {wrong or order!r}.")
+    order = check_order(problem.units, problem.order)
     problem.limit = min(problem.length, len(order))
     yield from _along(problem, order)
+
+
+def check_order(units: Sequence[str], order: Sequence[str] | None) -> list[str]:
+    """
+    Raises:
+        HybridConfigError: If there is none, or it names a unit twice or one that is not there.
+    """
+    order = list(order or ())
+    wrong = next((unit for unit in order if unit not in units or order.count(unit) > 1), None)
+    if wrong is not None or not order:
+        raise HybridConfigError(f"strategy 'fixed' needs order=, each unit at most once; got {wrong or order!r}.")
+    return order
 
 
 # ---------------------------------------------------------------------------------------------------------------- race
@@ -199,15 +208,15 @@ class Race:
     max_rows: int | None = 64
     behind: float = 2.0
     exchange_every: int = 5
-    measured: dict[str, float] = field(default_factory=dict)  # damage of a unit when it last ran, in nats or the metric
+    # of a unit when it last ran: its damage, in nats or the metric, and what was predicted then
+    measured: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, problem: Problem) -> Iterator[Step]:
         race = Race(self.candidates, self.block, self.max_rows, self.behind, self.exchange_every)
         path: list[str] = []
         race.qualify(problem)
         while len(path) < problem.length:
-            runners = race.proposals(problem, path)[: race.candidates]
-            path.append(race.winner(problem, path, runners))
+            path.append(race.winner(problem, path, race.runners(problem, path)))
             if race.exchange_every and len(path) % race.exchange_every == 0 and len(path) < len(problem.units):
                 path = race.exchanged(problem, path)
             yield problem.step(path)
@@ -216,38 +225,60 @@ class Race:
         """Every unit alone on one block of rows: a cheap unit that the predictions misjudge gets its chance."""
         rows = problem.table.order[: self.block]
         values = problem.table.values([[], *([unit] for unit in problem.units)], rows).mean(1)
-        self.measured |= {u: problem.damage(values[0], own) for u, own in zip(problem.units, values[1:], strict=True)}
+        predicted = _predictions(problem, [])
+        for unit, own in zip(problem.units, values[1:], strict=True):
+            self.measured[unit] = problem.damage(values[0], own), predicted[unit]
+
+    def runners(self, problem: Problem, path: Sequence[str]) -> list[str]:
+        """Those that look cheapest by what is known of them, and a quarter by the predictions alone."""
+        order, predicted = self.proposals(problem, path), _predictions(problem, path)
+        places = self.candidates - (self.candidates // 4 if problem.predicted is not None else 0)
+        others = sorted(order[places:], key=predicted.__getitem__)
+        return [*order[:places], *others[: self.candidates - places]]
 
     def proposals(self, problem: Problem, path: Sequence[str]) -> list[str]:
         """
-        The other units, cheapest first. What a unit cost when it last ran counts for more than a prediction; the two
-        are brought to one scale by the units that have both.
+        The other units, cheapest first: what a unit cost when it last ran, and by how much its prediction has changed
+        since. The two are brought to one scale by the units that have both.
         """
         predicted = _predictions(problem, path)
-        both = [(self.measured[u], predicted[u]) for u in predicted if u in self.measured and predicted[u] > 0]
-        ratios = [max(m, 0.0) / p for m, p in both]
-        scale = float(np.median(ratios)) if ratios and np.median(ratios) > 0 else 1.0
-        return sorted(predicted, key=lambda unit: self.measured.get(unit, scale * predicted[unit]))
+        both = [self.measured[u] for u in predicted if u in self.measured]
+        ratios = [max(damage, 0.0) / then for damage, then in both if then > 0]
+        scale = float(np.median(ratios)) if ratios else 1.0
+
+        def damage(unit: str) -> float:
+            found, then = self.measured.get(unit, (0.0, 0.0))
+            return found + scale * (predicted[unit] - then)
+
+        return sorted(predicted, key=damage)
 
     def winner(self, problem: Problem, path: Sequence[str], runners: Sequence[str]) -> str:
         sets = [[*path, unit] for unit in runners]
         best, rows_of = self._run(problem, sets)
+        predicted = _predictions(problem, path)
         for unit, units, rows in zip(runners, sets, rows_of, strict=True):
             after, before = problem.table.values([units, path], rows).mean(1)
-            self.measured[unit] = problem.damage(before, after)
+            self.measured[unit] = problem.damage(before, after), predicted[unit]
         self.measured.pop(runners[best], None)
         return runners[best]
 
     def exchanged(self, problem: Problem, path: list[str]) -> list[str]:
-        """The path, with one unit exchanged if that is better on paired rows. The last units stay: they just won."""
+        """
+        The path, with one unit exchanged if that is clearly better on paired rows and better on all. The last unit
+        stays: it just won.
+        """
         outside = self.proposals(problem, path)[:2]
         damage_of = {unit: _predictions(problem, [u for u in path if u != unit])[unit] for unit in path[:-1]}
         inside = sorted(damage_of, key=damage_of.__getitem__, reverse=True)[:2]
         moves = [[u if u != out else new for u in path] for out in inside for new in outside]
         if not moves:
             return path
-        best, _ = self._run(problem, [path, *moves])
-        return [path, *moves][best]
+        best, rows_of = self._run(problem, [path, *moves])
+        move = [path, *moves][best]
+        own, other = problem.table.values([path, move], rows_of[0])
+        if best == 0 or not self._is_behind(problem, own, other):
+            return path
+        return [path, move][problem.better(np.stack([problem.table.means(path), problem.table.means(move)]))]
 
     def _run(self, problem: Problem, sets: Sequence[Sequence[str]]) -> tuple[int, list[np.ndarray]]:
         """The winner's index, and which rows each set ran."""

@@ -1,5 +1,6 @@
 """`swap_trace.jsonl`: every trial of a search on disk, so that none is paid for twice."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -39,6 +40,8 @@ class SwapTrace:
         }
         # values of single rows, of searches that race
         self.rows: list[dict[str, Any]] = [row for row in lines if row["type"] == "rows"]
+        self.search: str | None = None
+        self._starts = sum(row["type"] == "search" for row in lines)
         self._rows = {json.dumps(row, sort_keys=True) for row in lines}
 
     def _read(self) -> list[dict]:
@@ -94,13 +97,20 @@ class SwapTrace:
         self._known[_key(swapped)] = metrics
         self._append({"type": "trial", **entries, "swapped": swapped, "metrics": metrics})
 
+    def start_search(self, settings: dict[str, Any]) -> None:
+        """From here on, steps are of a search with these settings; said each time it starts."""
+        settings = json.loads(json.dumps(settings))
+        self.search = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        self._starts += 1
+        self._append({"type": "search", "search": self.search, "start": self._starts, "settings": settings})
+
     def add_rows(self, metric: str, units: list[str], rows: list[int], values: list[list[float]]) -> None:
         """Keep the metric and the loss of single rows under a set of units."""
         self._append({"type": "rows", "metric": metric, "units": units, "rows": rows, "values": values})
 
     def add_event(self, kind: str, **entries) -> None:
         """A line for readers of the file: a commit, a result."""
-        self._append({"type": kind, **entries})
+        self._append({"type": kind, **({} if self.search is None else {"search": self.search}), **entries})
 
 
 def steps_of(path: str | os.PathLike) -> dict[int, list[str]]:
@@ -111,7 +121,9 @@ def steps_of(path: str | os.PathLike) -> dict[int, list[str]]:
         CheckpointError: If there is no such file, or no step in it.
     """
     rows = [_parse(line) for line in Path(path).read_bytes().splitlines(keepends=True)] if Path(path).exists() else []
-    steps = {len(row["swapped"]): list(row["swapped"]) for row in rows if row and row["type"] == "commit"}
+    latest = next((row["search"] for row in reversed(rows) if row and row["type"] == "search"), None)
+    commits = [row for row in rows if row and row["type"] == "commit" and row.get("search") == latest]
+    steps = {len(row["swapped"]): list(row["swapped"]) for row in commits}
     if not steps:
         raise CheckpointError(
             f"{path}: no step of a search is there. Pass the {TRACE_FILE} of a search's output folder."

@@ -78,7 +78,9 @@ def test_distill_search_evaluate_benchmark(teacher, capsys):
     before = (out / "swap_trace.jsonl").read_text()
     assert '"type": "rows"' in before
     assert run(*search, "--resume") == 0
-    assert (out / "swap_trace.jsonl").read_text() == before
+    after = (out / "swap_trace.jsonl").read_text()
+    assert after.startswith(before) and '"type": "search"' in after[len(before) :]
+    assert after[len(before) :].count("\n") == 1  # that it began again, and nothing else
 
 
 def test_models_are_measured_where_the_machine_is_fastest(teacher):
@@ -112,7 +114,11 @@ def test_search_on_label_words(teacher, capsys):
     assert run(*convert[:-1], rows, "--output_dir", teacher / "x") == 1
     assert "no step of a search is there" in capsys.readouterr().err
     # by head, within a share of the cache, with a promise about other rows
-    by_head = ["--granularity", "head", "--cache_share", 0.6, "--confirmation_dataset", rows, "--confidence", 0.9]
+    other, lines = teacher / "other.jsonl", rows.read_text().splitlines()
+    other.write_text(
+        "".join(json.dumps({**json.loads(line), "text": "w3 " + json.loads(line)["text"]}) + "\n" for line in lines)
+    )
+    by_head = ["--granularity", "head", "--cache_share", 0.6, "--confirmation_dataset", other, "--confidence", 0.9]
     assert run(*search, *by_head, "--max_drop", "0.9", "--output_dir", teacher / "heads") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "of 6 heads, eval_accuracy" in printed and "blocks ran" in printed

@@ -9,10 +9,11 @@ import transformers
 from datasets import Dataset
 
 from hf_hybrid import GreedyLayerSwapCallback
-from hf_hybrid.errors import DatasetError, HybridConfigError
+from hf_hybrid.errors import DatasetError, HybridConfigError, MetricError
 from hf_hybrid.search.by_rows import unit_costs
 from hf_hybrid.search.proposals import fisher_proposals
 from hf_hybrid.search.row_scorer import RowScorer, heads_of, unit_names
+from hf_hybrid.search.trace import steps_of
 
 from conftest import token_dataset
 from helpers import toy_trainer
@@ -283,3 +284,102 @@ def test_what_means_nothing_is_refused(tmp_path):
     trainer.eval_dataset = {"a": Dataset.from_dict({"input_ids": [[1, 2]]})}
     with pytest.raises(DatasetError, match="looks at single rows"):
         trainer.search("eval_a_loss")
+
+
+# ------------------------------------------------------------------------------------------- what a review found
+
+
+def test_a_metric_that_is_not_there_is_not_the_loss(tmp_path):
+    with pytest.raises(MetricError, match="'eval_accuracy' is not among"):
+        toy_trainer(tmp_path).search("accuracy", None, max_layers=1)
+
+
+def test_rows_without_labels_have_no_loss(tmp_path):
+    model, data = classifier()
+
+    def unlabelled(examples):
+        return {name: value for name, value in padded(examples).items() if name != "labels"}
+
+    arguments = {"eval_dataset": data, "data_collator": unlabelled, "mixer": "linear_attention", "train_dataset": data}
+    trainer = toy_trainer(tmp_path, model=model, **arguments)
+    with pytest.raises(MetricError, match="eval_loss"):
+        trainer.search("eval_loss", None, max_layers=1)
+
+
+def test_a_row_whose_labels_say_nothing_has_no_say_in_ties(tmp_path):
+    rows = token_dataset(5, seed=2)["input_ids"]
+    data = Dataset.from_dict({"input_ids": rows, "labels": [[-100] * len(rows[0]), *rows[1:]]})
+    trainer = toy_trainer(tmp_path, compute_metrics=first_logits, eval_dataset=data)
+    assert len(trainer.search("accuracy", None, max_layers=2).most_linear) == 2
+    with pytest.raises(MetricError, match="a row has none"):
+        trainer.search("eval_loss", None, max_layers=2)
+
+
+def first_logits(prediction):
+    return {"accuracy": float(1 / (1 + np.exp(-prediction.predictions[:, 0, :5].mean())))}
+
+
+def test_a_score_of_the_corpus_is_not_decided_by_rows(tmp_path):
+    def harmonic(prediction):
+        return {"f1": 2 / (1 / (margin(prediction)["accuracy"] + 0.1) + 2.0)}
+
+    with pytest.raises(MetricError, match="must be a mean over rows"):
+        toy_trainer(tmp_path, compute_metrics=harmonic).search("f1", None, max_layers=1)
+
+
+def test_a_promise_is_about_other_rows(tmp_path):
+    trainer = toy_trainer(tmp_path, compute_metrics=margin)
+    both = trainer.eval_dataset.select([3, 4])
+    with pytest.raises(HybridConfigError, match="2 rows of confirmation_dataset are in eval_dataset"):
+        trainer.search("accuracy", 0.5, confirmation_dataset=both, confidence=0.9)
+
+
+def test_small_losses_are_no_bound(tmp_path):
+    """A loss below 1 on every row of the teacher may be anything on the hybrid's."""
+
+    def thousandth(outputs, labels, num_items_in_batch=None):
+        return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten()) / 1000
+
+    trainer = toy_trainer(tmp_path, compute_loss_func=thousandth)
+    report = trainer.search("eval_loss", 0.01, confirmation_dataset=token_dataset(9, seed=9), confidence=0.8)
+    assert not report.promise.exact and "eval_loss rises by at most 0.01" in report.promise.sentence()
+
+
+def test_the_latest_search_of_a_trace_is_its_path(tmp_path):
+    trainer, trace = toy_trainer(tmp_path, compute_metrics=margin), tmp_path / "swap_trace.jsonl"
+    paths = {}
+    for granularity, count in (("layer", 3), ("head", 2), ("layer", 3)):
+        report = trainer.search("accuracy", None, granularity=granularity, max_layers=count)
+        paths[granularity] = steps_of(trace)
+        assert paths[granularity][max(paths[granularity])] == report.most_linear and len(report.most_linear) == count
+    assert set(paths["head"]) == {1, 2} and set(paths["layer"]) == {1, 2, 3}
+
+
+def test_induction_after_a_training(tmp_path):
+    callback = GreedyLayerSwapCallback(
+        "accuracy", None, strategy="race", granularity="head", proposals="induction", max_layers=2
+    )
+    trainer = toy_trainer(tmp_path, compute_metrics=margin, callbacks=[callback])
+    trainer.train()
+    assert len(trainer.swap_report.most_linear) == 2
+
+
+def test_what_stops_a_race_is_found_before_the_training(tmp_path):
+    callback = GreedyLayerSwapCallback("accuracy", None, strategy="fixed", order=["model.layers.9.self_attn"])
+    trainer = toy_trainer(tmp_path, compute_metrics=margin, callbacks=[callback])
+    with pytest.raises(HybridConfigError, match="each unit at most once; got 'model.layers.9.self_attn'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_search_that_fails_leaves_the_switch_as_it_was(tmp_path):
+    trainer = toy_trainer(tmp_path, compute_metrics=margin)
+    trainer.swap_layers([1])
+
+    def failing(prediction):
+        raise RuntimeError("no metric today")
+
+    trainer.compute_metrics = failing
+    with pytest.raises(RuntimeError, match="no metric today"):
+        trainer.search("accuracy", None, max_layers=1)
+    assert trainer.swapped_layers() == ["model.layers.1.self_attn"]

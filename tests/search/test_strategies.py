@@ -120,6 +120,39 @@ def test_an_exchange_takes_back_what_greed_took():
     assert world.expected(with_exchange) < 0.05 < world.expected(without)
 
 
+def test_an_exchange_by_luck_is_not_made():
+    """Units that are all alike: whatever is better on a few rows is noise."""
+    world = World(units=12, rows=400, pairs=0)
+    world.damage = np.full(12, 0.05)
+    world.noise = np.random.default_rng(0).normal(0, 0.3, (400, 12))
+    problem = Problem(world.units, RowTable(lambda s, r: world(s, r)[..., [1, 1]], 400), -1.0, limit=9)
+    for step in Race(exchange_every=1)(problem):
+        # one unit came, and at most one was exchanged for another that is better on all rows
+        assert len(step.units) == len(set(step.units))
+    race, path = Race(), world.units[:5]
+    race.qualify(problem)
+    moved = race.exchanged(problem, path)
+    assert problem.step(moved).loss <= problem.step(path).loss
+
+
+@pytest.mark.parametrize("guess", ["good", "reversed"])
+def test_predictions_choose_some_of_the_runners(guess):
+    world = World(seed=1, noise=3.0)
+    predicted = (
+        world.guess(0.0)
+        if guess == "good"
+        else lambda linear: {unit: -damage for unit, damage in world.guess(0.0)(linear).items()}
+    )
+    problem = Problem(world.units, RowTable(lambda s, r: world(s, r)[..., [1, 1]], 400), -1.0, predicted)
+    race = Race()
+    race.qualify(problem)
+    runners = race.runners(problem, [])
+    cheapest = sorted(world.units, key=predicted([]).__getitem__)
+    assert len(runners) == len(set(runners)) == 8
+    others = [unit for unit in cheapest if unit not in runners[:6]]
+    assert runners[6:] == others[:2]
+
+
 def test_uniform_spreads_and_random_follows_its_seed():
     world = World(units=15, rows=10)
     order = [int(unit.split(".")[1]) for unit in run(world, "uniform", 7)[0].most_linear]
