@@ -5,7 +5,7 @@
 
 `minilm`: all-MiniLM-L6-v2 fine-tuned on movie-review snippets, by key-value head (72 units). `smollm2`: the demo's task and bank (`hf-hybrid demo` leaves it
 in its output folder), by layer (30 units); `--granularity head` for its 90 heads. Cost is counted in layer-forwards, one block on one row; all strategies use the same
-scorer. What is found is measured on other rows, by which nothing was chosen; errors are standard errors over rows. `own` is the share of the time that did not go into forwards.
+scorer. What is found is measured on other rows, by which nothing was chosen; errors are standard errors over rows. `own` is the share of the time outside the scorer (within it, collating and hooks are a few per cent more).
 """
 
 import argparse
