@@ -3,7 +3,8 @@
     python benchmarks/minilm.py [--seeds 0 1 2] [--output results/minilm.json]
 
 Per seed: the teacher is fine-tuned on 6,000 snippets; the hybrid is distilled and repaired on the same snippets; accuracy of both on 1,500 others, by which nothing was chosen, with the
-95 % interval of the ratio (bootstrap over snippets). Controls: the same hybrid untrained, and distilled only. The bar is 99 % of the teacher's accuracy. About ten minutes a seed.
+95 % interval of the ratio (bootstrap over snippets). Controls: the same hybrid untrained, and distilled only. The bar is 99 % of the teacher's accuracy. About a quarter of an hour a seed. `results/minilm.json` is of an
+older version: 2,000 snippets, 60 steps of distillation and 80 of repair.
 `--choose` measures on 1,500 snippets more, those by which numbers of steps, rates and the mixer were chosen.
 """
 

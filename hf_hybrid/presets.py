@@ -43,8 +43,8 @@ class Preset:
 
 
 _MEMORY = {"name": "sliding_window", "window_size": 192}
-# A budget of 15 % of the cache at 4,096 tokens, which does not grow: a third of the heads, those that look things up, hold
-# about a thousand tokens, the others a window. Heads that keep their softmax cost four times as much and time (LOG.md).
+# A budget of 15 % of the cache at 4,096 tokens, which does not grow: a third of the heads, those that look things up,
+# hold about a thousand tokens, the others a window. Heads that keep their softmax cost four times as much (LOG.md).
 _PLAN = {"share": 0.15, "length": 4096, "num_kept_heads": 0, "num_memory_tokens": 64}
 
 PRESETS = {

@@ -1,5 +1,6 @@
 """`hf-hybrid search`: a mixer bank and a task become a hybrid."""
 
+import math
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -79,7 +80,7 @@ OPTIONS = (HybridTrainingArguments, ModelArguments, TaskArguments, SearchArgumen
 
 
 def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArguments, options: SearchArguments) -> None:
-    """Look for the layers or heads to make linear, on your data, with a bank's students; save the hybrid to output_dir."""
+    """Look for layers or heads to make linear, on your data, with a bank's students; save the hybrid to output_dir."""
     tokenizer = model.tokenizer()
     labels = task.task(tokenizer)
     trainer = HybridTrainer(
@@ -110,8 +111,7 @@ def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArgument
     if options.repair_steps and options.repair_dataset is None:
         raise DatasetError("--repair_steps needs --repair_dataset: text to train on.")
     report = callback.search(trainer)
-    chosen = report.best if options.keep == "best" else report.most_linear
-    chosen = report.confirmed if report.confirmed is not None and options.keep != "best" else chosen
+    chosen = report.kept(options.keep)
     if options.repair_steps:
         trainer.save_model()  # what the search found is kept, whatever becomes of the repair
         settings = repair_arguments(args, max_steps=options.repair_steps)
@@ -127,9 +127,10 @@ def run(args: HybridTrainingArguments, model: ModelArguments, task: TaskArgument
     cost = (
         f"{len(report.trials)} trials" if report.layer_forwards is None else f"{report.layer_forwards:,.0f} blocks ran"
     )
+    floor = f"floor {report.floor:.4g}" if math.isfinite(report.floor) else "no floor"
     Console().print(
         f"Swapped {len(chosen)} of {count} {options.granularity}s, "
-        f"{report.metric} {report.base:.4g} -> {last:.4g} (floor {report.floor:.4g}, {cost}); "
+        f"{report.metric} {report.base:.4g} -> {last:.4g} ({floor}, {cost}); "
         f"saved to {args.output_dir}."
         + ("" if report.promise is None else f" {report.promise.sentence()}")
         + ("" if trainer.repair_report is None else f" Repaired for {trainer.repair_report.steps} steps.")

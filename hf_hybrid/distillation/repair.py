@@ -301,7 +301,8 @@ class RepairTrainer(SavesRepair, Trainer):
         if missing:
             raise HybridConfigError(
                 f"RepairTrainer: optimizers[0] must hold all that trains; it lacks {len(missing)} parameters, the "
-                f"first {missing[0]}. They are made by the trainer: leave `optimizers` out, and choose by `optim` and rates."
+                f"first {missing[0]}. They are made by the trainer: leave `optimizers` out, and choose by `optim` and "
+                "rates."
             )
 
 

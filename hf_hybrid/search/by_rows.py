@@ -1,5 +1,6 @@
 """A trainer's search by rows: units, costs and proposals of its model, and the path of a strategy."""
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -32,48 +33,51 @@ def switch_to(trainer, units) -> None:
     trainer.swap_layers(None, heads_of(units, trainer.distill_sites))
 
 
-def search_by_rows(
-    trainer,
-    *,
-    metric: str,
-    greater_is_better: bool,
-    strategy: str,
-    granularity: str,
-    proposals,
-    max_drop: float | str | None,
-    floor: float | None,
-    max_units: int | None,
-    cache_share: float | None,
-    length: int,
-    order: list[str] | None,
-    trace: SwapTrace,
-    on_step=None,
-) -> SwapReport:
-    """See [`GreedyLayerSwapCallback`], whose arguments these are. A collective; the switch is as it was afterwards."""
-    check_search(trainer, strategy, granularity, proposals, cache_share, length, order)
+@dataclass(frozen=True)
+class RowSearch:
+    """Settings of a search by rows; see [`GreedyLayerSwapCallback`], whose arguments these are."""
+
+    metric: str
+    greater_is_better: bool
+    strategy: str
+    granularity: str
+    proposals: str | dict[str, float]
+    max_drop: float | str | None
+    floor: float | None
+    max_units: int | None
+    cache_share: float | None
+    length: int
+    order: list[str] | None
+
+    def budget(self, sites) -> Budget:
+        if self.cache_share is None:
+            return Budget(self.max_units)
+        costs, total = unit_costs(sites, self.granularity, self.length)
+        return Budget(self.max_units, costs, (1 - self.cache_share) * total)
+
+
+def search_by_rows(trainer, settings: RowSearch, trace: SwapTrace, on_step=None) -> SwapReport:
+    """A collective. The settings were checked with [`check_search`]."""
+    metric = settings.metric
     # prepares the model as every evaluation does: shards, casts and places it
     trainer.swap_layers([])
     whole = read_metric(evaluate(trainer, metric), metric, "search, before the first step")
     scorer = RowScorer(trainer, metric)
-    units = unit_names(scorer.sites, granularity)
+    units = unit_names(scorer.sites, settings.granularity)
     table = RowTable(scorer, len(trainer.eval_dataset), seed=trainer.args.seed, trace=trace, metric=metric)
     _check_mean(metric, float(table.means([])[METRIC]), whole)
-    trace.start_search(
-        {"metric": metric, "strategy": strategy, "granularity": granularity, "max_drop": max_drop, "floor": floor}
-    )
-    budget = _budget(scorer.sites, granularity, max_units, cache_share, length)
+    trace.start_search(asdict(settings))
     report = search_path(
         units,
         table,
         metric=metric,
-        greater_is_better=greater_is_better,
-        strategy=strategy,
-        max_drop=max_drop,
-        floor=floor,
-        budget=budget,
-        # for those that go by them
-        predicted=_predicted(proposals, scorer, table, units, granularity) if strategy in PROPOSED else None,
-        order=order,
+        greater_is_better=settings.greater_is_better,
+        strategy=settings.strategy,
+        max_drop=settings.max_drop,
+        floor=settings.floor,
+        budget=settings.budget(scorer.sites),
+        predicted=_predicted(settings, scorer, table, units),
+        order=settings.order,
         seed=trainer.args.seed,
         trace=trace,
         on_step=on_step,
@@ -82,7 +86,7 @@ def search_by_rows(
     return report
 
 
-def check_search(trainer, strategy: str, granularity: str, proposals, cache_share, length: int, order) -> None:
+def check_search(trainer, settings: RowSearch) -> None:
     """
     What would stop a search by rows, before anything is paid for.
 
@@ -90,7 +94,7 @@ def check_search(trainer, strategy: str, granularity: str, proposals, cache_shar
         DatasetError: If there are no single rows to look at.
         HybridConfigError: If a setting does not fit this model.
     """
-    data, args = trainer.eval_dataset, trainer.args
+    data, args, strategy = trainer.eval_dataset, trainer.args, settings.strategy
     if isinstance(data, dict) or not hasattr(data, "__len__"):
         raise DatasetError(
             f"strategy={strategy!r} looks at single rows: eval_dataset must be one dataset with a length; got "
@@ -102,33 +106,27 @@ def check_search(trainer, strategy: str, granularity: str, proposals, cache_shar
             f"include_for_metrics={args.include_for_metrics}, batch_eval_metrics={args.batch_eval_metrics}. Use "
             "strategy='greedy' with granularity='layer'."
         )
-    units = unit_names(trainer.distill_sites, granularity)
-    if isinstance(proposals, dict) and strategy in PROPOSED:
-        missing = next((unit for unit in units if unit not in proposals), None)
+    units = unit_names(trainer.distill_sites, settings.granularity)
+    if isinstance(settings.proposals, dict) and strategy in PROPOSED:
+        missing = next((unit for unit in units if unit not in settings.proposals), None)
         if missing is not None:
             raise HybridConfigError(f"search: proposals must score every unit; {missing!r} is missing.")
     if strategy == "fixed":
-        check_order(units, order)
-    if granularity == "head":
+        check_order(units, settings.order)
+    if settings.granularity == "head":
         for name, layer in trainer.distill_sites.items():
             if len(layer.hybrid.heads) > 1:
                 check_divisible(layer, f"search by head: {name}")
-    _budget(trainer.distill_sites, granularity, None, cache_share, length).check(units)
-
-
-def _budget(sites, granularity: str, max_units: int | None, cache_share: float | None, length: int) -> Budget:
-    if cache_share is None:
-        return Budget(max_units)
-    costs, total = unit_costs(sites, granularity, length)
-    return Budget(max_units, costs, (1 - cache_share) * total)
+    settings.budget(trainer.distill_sites).check(units)
 
 
 def _check_mean(metric: str, mean: float, whole: float) -> None:
     """A search by rows decides by means over rows; an evaluation's loss may weigh rows by their tokens."""
     if metric != "eval_loss" and abs(mean - whole) > 1e-3 * max(1.0, abs(whole)):
         raise MetricError(
-            f"search: {metric!r} must be a mean over rows to be decided by single rows; it is {whole:.6g} of all rows, and "
-            f"the mean of single rows is {mean:.6g}. Use strategy='greedy' with granularity='layer', or a metric of rows."
+            f"search: {metric!r} must be a mean over rows to be decided by single rows; it is {whole:.6g} of all rows, "
+            f"and the mean of single rows is {mean:.6g}. Use strategy='greedy' with granularity='layer', or a metric of "
+            "rows."
         )
 
 
@@ -168,7 +166,11 @@ def check_settings(strategy: str, granularity: str, proposals, max_drop, cache_s
         allowed_drop(max_drop)
 
 
-def _predicted(proposals, scorer: RowScorer, table: RowTable, units, granularity: str):
+def _predicted(settings: RowSearch, scorer: RowScorer, table: RowTable, units):
+    """What a strategy goes by, if it goes by predictions."""
+    proposals, granularity = settings.proposals, settings.granularity
+    if settings.strategy not in PROPOSED:
+        return None
     if isinstance(proposals, dict):
         return Scores(proposals)
     if proposals == "fisher":

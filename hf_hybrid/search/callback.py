@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..errors import HybridConfigError, MetricError
 from ..surgery import linear_heads, set_linear_heads_
-from .by_rows import check_search, check_settings, search_by_rows, switch_to
+from .by_rows import RowSearch, check_search, check_settings, search_by_rows, switch_to
 from .greedy import SwapReport, Trial, allowed_drop, check_floor, confirm_swaps, greedy_swap, read_metric
 from .holdout import HeldOut, check_disjoint, half_of
 from .identity import search_identity
@@ -226,6 +226,9 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
     def _search_by_layers(self, trainer, max_drop, trace: SwapTrace) -> SwapReport:
         """The paper's search, with whatever the trainer's evaluation returns."""
         metric, sites, score = self._metric_key(), list(trainer.distill_sites), self._scorer(trainer)
+        if trace.has_searches:  # by rows; or their steps and these would be told for one path
+            settings = {"metric": metric, "max_drop": max_drop, "floor": self.floor, "max_layers": self.max_layers}
+            trace.start_search({"strategy": "greedy, whole evaluations", **settings})
         with _progress(trainer, metric, len(sites)) as (on_trial, say):
 
             def on_commit(trial: Trial):
@@ -255,28 +258,27 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
                 bar.update()
                 bar.set_postfix_str(f"{step.units[-1]}, {metric} {step.metric:.4g}")
 
-            return search_by_rows(
-                trainer,
-                metric=metric,
-                greater_is_better=self.greater_is_better,
-                strategy=self.strategy,
-                granularity=self.granularity,
-                proposals=self.proposals,
-                max_drop=max_drop,
-                floor=self.floor,
-                max_units=self.max_layers,
-                cache_share=self.cache_share,
-                length=self.length,
-                order=self.order,
-                trace=trace,
-                on_step=on_step,
-            )
+            return search_by_rows(trainer, self._row_search(max_drop), trace, on_step)
+
+    def _row_search(self, max_drop) -> RowSearch:
+        return RowSearch(
+            metric=self._metric_key(),
+            greater_is_better=self.greater_is_better,
+            strategy=self.strategy,
+            granularity=self.granularity,
+            proposals=self.proposals,
+            max_drop=max_drop,
+            floor=self.floor,
+            max_units=self.max_layers,
+            cache_share=self.cache_share,
+            length=self.length,
+            order=self.order,
+        )
 
     def _settle(self, trainer, report: SwapReport) -> None:
         """The trainer's model runs what was found."""
         trainer.swap_report = report
-        most_linear = report.most_linear if report.confirmed is None else report.confirmed
-        switch_to(trainer, most_linear if self.keep == "most_linear" else report.best)
+        switch_to(trainer, report.kept(self.keep))
         logger.info(
             f"Swapped {len(report.most_linear)} {self.granularity}s with {report.metric} within "
             f"{report.floor:.4g} (started at {report.base:.4g}); {report.metric} is best with {len(report.best)}."
@@ -322,9 +324,7 @@ class GreedyLayerSwapCallback(TrainerCallback, ExportableState):
         if self.confidence is not None:
             check_disjoint(trainer.eval_dataset, self._trainers[trainer][1])
         if self._scores_rows():
-            check_search(
-                trainer, self.strategy, self.granularity, self.proposals, self.cache_share, self.length, self.order
-            )
+            check_search(trainer, self._row_search(self.max_drop))
 
     def _check_confirmation_floor(self, trainer) -> None:
         if self.floor is None or self._trainers[trainer][1] is None:

@@ -82,6 +82,12 @@ class SwapReport:
         """The committed sets, smallest first, the empty one at the front. An exchange may take a unit back."""
         return [[], *(list(trial.swapped) for trial in self.commits)]
 
+    def kept(self, keep: str) -> list[str]:
+        """What `keep=` of the callback leaves linear."""
+        if keep == "best":
+            return self.best
+        return self.most_linear if self.confirmed is None else self.confirmed
+
     def to_dict(self) -> dict[str, Any]:
         """As plain values for a JSON file; of the trials only their number."""
         result = dataclasses.asdict(self)

@@ -160,8 +160,8 @@ class RowScorer:
         values = np.stack([self._metrics(logits, labels, losses), losses], axis=1)
         if np.isnan(values[:, METRIC]).any():
             raise MetricError(
-                f"search: {self.metric!r} of every single row must be a number; a row has none. Leave rows without labels "
-                "out, or check compute_metrics."
+                f"search: {self.metric!r} of every single row must be a number; a row has none. Leave rows without "
+                "labels out, or check compute_metrics."
             )
         return np.nan_to_num(values)  # a row without labels has no loss to decide between equals by
 
@@ -181,7 +181,7 @@ class RowScorer:
         return np.array(values)
 
     def _can_be_taken_apart(self, rows: np.ndarray) -> bool:
-        """Whether loss and metric of a row, from the logits of its batch, are those of the row alone; tried on two rows."""
+        """Whether loss and metric of a row, from its batch's logits, are those of the row alone; tried on two rows."""
         if len(rows) < 2:
             return True
         try:

@@ -97,6 +97,11 @@ class SwapTrace:
         self._known[_key(swapped)] = metrics
         self._append({"type": "trial", **entries, "swapped": swapped, "metrics": metrics})
 
+    @property
+    def has_searches(self) -> bool:
+        """Whether the file says where searches start."""
+        return self._starts > 0
+
     def start_search(self, settings: dict[str, Any]) -> None:
         """From here on, steps are of a search with these settings; said each time it starts."""
         settings = json.loads(json.dumps(settings))

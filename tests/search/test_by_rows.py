@@ -353,6 +353,12 @@ def test_the_latest_search_of_a_trace_is_its_path(tmp_path):
         paths[granularity] = steps_of(trace)
         assert paths[granularity][max(paths[granularity])] == report.most_linear and len(report.most_linear) == count
     assert set(paths["head"]) == {1, 2} and set(paths["layer"]) == {1, 2, 3}
+    # another order under otherwise equal settings, and the paper's search after races
+    for order in (["model.layers.2.self_attn", "model.layers.0.self_attn"], ["model.layers.1.self_attn"]):
+        trainer.search("accuracy", None, strategy="fixed", order=order)
+        assert steps_of(trace)[max(steps_of(trace))] == order
+    report = GreedyLayerSwapCallback("accuracy", None, max_layers=2).search(trainer)
+    assert steps_of(trace) == {1: report.most_linear[:1], 2: report.most_linear}
 
 
 def test_induction_after_a_training(tmp_path):
