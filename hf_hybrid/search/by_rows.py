@@ -124,9 +124,9 @@ def _check_mean(metric: str, mean: float, whole: float) -> None:
     """A search by rows decides by means over rows; an evaluation's loss may weigh rows by their tokens."""
     if metric != "eval_loss" and abs(mean - whole) > 1e-3 * max(1.0, abs(whole)):
         raise MetricError(
-            f"search: {metric!r} must be a mean over rows to be decided by rows; it is {whole:.6g} of all rows, "
-            f"and the mean of single rows is {mean:.6g}. Use strategy='greedy' with granularity='layer', or a metric of "
-            "rows."
+            f"search: {metric!r} must be a mean over rows to be decided by rows; it is {whole:.6g} of all rows, and "
+            f"the mean of single rows is {mean:.6g}. Use strategy='greedy' with granularity='layer', or a metric that "
+            "is a mean."
         )
 
 
